@@ -1,0 +1,67 @@
+"""Fusion of the most important changes, after MergeKit's arcee_fusion.
+
+    Pᵢ, Qᵢ     softmax of row i of θ1 and of θ0
+    sᵢⱼ        = |τᵢⱼ| · KL(Pᵢ ‖ Qᵢ),  KL = Σⱼ Pᵢⱼ (log Pᵢⱼ − log Qᵢⱼ)
+    threshold  = q(½) + factor · (q(¾) − q(¼)) of all sᵢⱼ of the tensor
+    θ          = θ0 + τ where s ≥ threshold, else θ0
+
+so that a change counts for its size and for how far its row's distribution has moved. A softmax of weights
+has no probabilistic meaning; with `importance="magnitude"` s is |τ| alone. Quantiles are exact, linearly
+interpolated between neighbouring entries; MergeKit estimates them on large tensors from an unseeded sample.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from weft.methods.averages import weighted_sum
+from weft.methods.params import NonNegative
+from weft.methods.registry import method
+from weft.methods.step import Pipeline, row_length, step
+
+Importance = Literal["divergence", "magnitude"]
+
+
+def quantile(values: Tensor, q: float) -> Tensor:
+    """Exact quantile of any number of values (torch.quantile takes at most 2²⁴)."""
+    place = q * (values.numel() - 1)
+    low = values.kthvalue(math.floor(place) + 1).values
+    high = values.kthvalue(math.ceil(place) + 1).values
+    return low + (high - low) * (place - math.floor(place))
+
+
+@step(grain="tensor")
+def keep_important(
+    x: Tensor,
+    *,
+    base: Tensor | None = None,
+    factor: NonNegative = 1.5,
+    importance: Importance = "divergence",
+) -> Tensor:
+    """Zero the changes whose importance is below median + factor · interquartile range."""
+    out = []
+    for xi in x.detach():
+        score = xi.abs()
+        if importance == "divergence":
+            rows = (-1, row_length(xi.shape))
+            anchor = (torch.zeros_like(xi) if base is None else base.detach()).reshape(rows)
+            p, q = (anchor + xi.reshape(rows)).log_softmax(-1), anchor.log_softmax(-1)
+            moved = (p.exp() * (p - q)).sum(-1, keepdim=True).clamp(min=0)
+            score = (score.reshape(rows) * moved).reshape(xi.shape)
+        flat = score.reshape(-1)
+        if not flat.numel():
+            out.append(score >= 0)
+            continue
+        spread = quantile(flat, 0.75) - quantile(flat, 0.25)
+        out.append(score >= quantile(flat, 0.5) + factor * spread)
+    return torch.where(torch.stack(out), x, 0.0)
+
+
+@method(space="deltas", models=(1, 1), paper="Goddard et al., MergeKit, arXiv:2403.13257 (arcee_fusion)")
+def arcee_fusion(*, factor: NonNegative = 1.5, importance: Importance = "divergence") -> Pipeline:
+    """Take over the most important changes of one model, leave the rest at the base."""
+    return keep_important(factor=factor, importance=importance) | weighted_sum()

@@ -1,0 +1,431 @@
+"""`Merge`: a method applied to checkpoints, itself a lazy checkpoint.
+
+For every output tensor the node knows, from names and shapes alone, which inputs take part and which
+parameters hold. Values are computed for the range that is asked for: read the inputs' range, subtract the
+base where the method works on task vectors, run the steps in float64, add the base, round once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from weft.checkpoints.base import Asset, Checkpoint, TensorInfo
+from weft.checkpoints.dtypes import is_mergeable, round_to
+from weft.checkpoints.execution import execution, ranges
+from weft.errors import DataError, DataProblems, UsageError
+from weft.methods.layers import block_of, count_layers
+from weft.methods.registry import Method
+from weft.methods.step import At, Bound, Pipeline, row_length
+
+Missing = Literal["error", "carry", "available"]
+Mismatch = Literal["error", "carry"]
+Params = Callable[[At], Mapping[str, Any]]
+Found = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """How one output tensor comes about: merged from `sources` (indices of models), or carried."""
+
+    info: TensorInfo
+    sources: tuple[int, ...] = ()
+    carried_from: Checkpoint | None = None
+    reason: str = ""
+
+
+class Merge(Checkpoint):
+    """One method over `models` (and a base). See the module's docstring.
+
+    `params(at)` gives the method's parameters for the tensor at hand. `missing` and `mismatch` say what to
+    do with tensors that not all inputs have, or have in different shapes; by default an error lists all of
+    them. A NaN or infinity in an input is an error that names it, unless `nonfinite="allow"`.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Checkpoint],
+        *,
+        base: Checkpoint | None = None,
+        method: Method,
+        params: Params | Mapping[str, Any] | None = None,
+        seed: int = 0,
+        missing: Missing = "error",
+        mismatch: Mismatch = "error",
+        nonfinite: Literal["error", "allow"] = "error",
+        origin: str = "",
+    ) -> None:
+        if not models:
+            raise UsageError(f"{method.name} needs at least one model")
+        if method.base == "required" and base is None:
+            raise UsageError(f"{method.name} works on task vectors and needs a base")
+        if method.base == "forbidden" and base is not None:
+            raise UsageError(f"{method.name} works on weights and takes no base; list it among the models")
+        method.check_arity(len(models))
+        self.models, self.base, self.method, self.seed = tuple(models), base, method, seed
+        self.missing, self.mismatch, self.nonfinite = missing, mismatch, nonfinite
+        self.origin = origin or f"{method.name}({', '.join(m.origin for m in models)})"
+        if callable(params):
+            self._params: Params = params
+        else:
+            fixed = method.check(params or {})
+            method.pipeline(**fixed)  # says at once what no tensor could accept
+            self._params = lambda at: fixed
+        self._parts = _parts(self)
+        self._layers = count_layers(self._parts)
+        self._pipelines: dict[str, Pipeline] = {}
+        self._found: dict[tuple[str, int], Found] = {}
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_locks")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.RLock()
+
+    # -- what is known at once --------------------------------------------------------------------
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return {n: p.info for n, p in self._parts.items()}
+
+    @property
+    def inputs(self) -> tuple[Checkpoint, ...]:
+        return self.models if self.base is None else (self.base, *self.models)
+
+    @property
+    def anchor(self) -> Checkpoint:
+        """The input whose config, assets and dtypes the result takes: the base, else the first model."""
+        return self.inputs[0]
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        shared = dict(self.anchor.aliases)
+        return {a: t for a, t in shared.items() if t in self._parts and a not in self._parts}
+
+    @property
+    def config(self) -> Mapping[str, Any] | None:
+        return self.anchor.config
+
+    @property
+    def assets(self) -> tuple[Asset, ...]:
+        return self.anchor.assets
+
+    def part(self, name: str) -> Part:
+        self.info(name)
+        return self._parts[name]
+
+    def at(self, name: str) -> At:
+        """The place of a tensor: shape, seed, block."""
+        block = block_of(name)
+        layers = self._layers[block[0]] if block else max(self._layers.values(), default=1)
+        shape = self._parts[name].info.shape
+        return At(name, shape, 0, self.seed, block[1] if block else None, layers)
+
+    def pipeline(self, name: str) -> Pipeline:
+        """The steps that make one tensor, parameters resolved."""
+        if name not in self._pipelines:
+            params = dict(self._params(self.at(name)))
+            sources = self._parts[name].sources
+            if len(sources) < len(self.models):  # a list of weights is a list over the models that take part
+                for key, value in params.items():
+                    if isinstance(value, list | tuple) and len(value) == len(self.models):
+                        params[key] = [value[i] for i in sources]
+            self._pipelines[name] = self.method.pipeline(**params)
+        return self._pipelines[name]
+
+    def grain(self, name: str) -> int:
+        part = self.part(name)
+        if part.carried_from is not None:
+            return part.carried_from.grain(_stored(part.carried_from, name))
+        from math import lcm
+
+        own = self.pipeline(name).grain
+        numel, shape = max(1, part.info.numel), part.info.shape
+        mine = {"element": 1, "row": row_length(shape), "tensor": numel}[own]
+        return min(lcm(mine, *(s.grain(_stored(s, name)) for s in self._sources(name))), numel)
+
+    def prefetch(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        carried = self.part(name).carried_from
+        for source in (carried,) if carried is not None else self._sources(name):
+            source.prefetch(_stored(source, name), start, stop)
+
+    def bytes_read(self, name: str) -> int:
+        part = self.part(name)
+        if part.carried_from is not None:
+            return part.carried_from.bytes_read(_stored(part.carried_from, name))
+        passes = 1 + sum(b.step.stat.rounds() for b in self.pipeline(name).steps if b.step.stat)
+        return passes * sum(s.bytes_read(_stored(s, name)) for s in self._sources(name))
+
+    def working_bytes(self, name: str, count: int) -> int:
+        part = self.part(name)
+        if part.carried_from is not None:
+            return part.carried_from.working_bytes(_stored(part.carried_from, name), count)
+        sources = self._sources(name)
+        inner = sum(s.working_bytes(_stored(s, name), count) for s in sources)
+        # the stack, and what the steps make of it: a few float64 copies (measured: below five a step)
+        return inner + count * 8 * (5 * len(part.sources) + 4)
+
+    def identity(self) -> str | None:
+        inner = super().identity()
+        steps = {n: str(self.pipeline(n)) for n in self._merged_names()}
+        policy = (self.method.name, self.seed, self.missing, self.mismatch, self.nonfinite)
+        return inner and f"{policy}{steps}{inner}"
+
+    @property
+    def carried(self) -> dict[str, str]:
+        """Tensors that are copied rather than merged, with the reason."""
+        return {n: p.reason for n, p in self._parts.items() if p.carried_from is not None}
+
+    # -- values -------------------------------------------------------------------------------------
+
+    def read(
+        self, name: str, start: int = 0, stop: int | None = None, *, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        part = self.part(name)
+        if part.carried_from is not None:
+            return part.carried_from.read(_stored(part.carried_from, name), start, stop, dtype=dtype)
+        stop = part.info.numel if stop is None else stop
+        self.ready(name)
+        kernels = execution().kernels
+        if kernels is not None:
+            fused: Tensor | None = kernels.merge(self, name, start, stop, dtype)
+            if fused is not None:
+                return fused
+        x, base = self.stack(name, start, stop)
+        out = self._run(name, x, base, start, self.pipeline(name).steps)
+        if base is not None and self._is_delta:
+            out = base + out
+        return (out if dtype is None else round_to(out, dtype)).cpu()
+
+    def values(self, name: str, start: int, stop: int) -> tuple[list[Tensor], Tensor | None]:
+        """The range of every model that takes part, and of the base, as they are stored."""
+        *models, base = (
+            None if s is None else s.read(_stored(s, name), start, stop) for s in self.readers(name)
+        )
+        return [m for m in models if m is not None], base
+
+    def readers(self, name: str) -> list[Checkpoint | None]:
+        """What `values` reads from: the models that take part, then the base or None."""
+        return [*(self.models[i] for i in self._parts[name].sources), self.base]
+
+    def stack(self, name: str, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """The inputs' range in float64 `[k, n]`, less the base where there is one, and the base `[n]`."""
+        device = execution().device
+        models, base = self.values(name, start, stop)
+        if self.nonfinite == "error":
+            for values, source in zip([*models, base], self.readers(name), strict=True):
+                if values is not None and source is not None and not _finite(values):
+                    self.refuse_nonfinite(name, source)
+        x = torch.empty((len(models), stop - start), dtype=torch.float64, device=device)
+        for row, values in zip(x, models, strict=True):
+            row.copy_(values, non_blocking=True)
+        if base is None:
+            return x, None
+        base = base.to(device, torch.float64, non_blocking=True)
+        return x.sub_(base), base
+
+    @property
+    def _is_delta(self) -> bool:
+        return self.base is not None
+
+    def _run(self, name: str, x: Tensor, base: Tensor | None, start: int, steps: Sequence[Bound]) -> Tensor:
+        """Run `steps` on a range, with the statistics found before."""
+        at = replace(self.at(name), start=start)
+        n, reduced = x.shape[-1], False
+        for j, bound in enumerate(steps):
+            found = self.found(name, j)
+            shape = {"element": (n,), "row": (-1, row_length(at.shape)), "tensor": at.shape}[bound.grain]
+            models = () if reduced else (x.shape[0],)
+            b = None if base is None else base.reshape(shape)
+            x = bound.step.run(x.reshape(*models, *shape), bound.params, found, at, b)
+            reduced = reduced or bound.step.reduces
+            x = x.reshape(-1) if reduced else x.reshape(x.shape[0], -1)
+        return x
+
+    def refuse_nonfinite(self, name: str, source: Checkpoint) -> None:
+        raise DataError(
+            f"{source.origin}: tensor {name!r} has NaN or infinite values, which would spread through the "
+            f"merge: mend that checkpoint, leave it out, or set nonfinite: allow"
+        )
+
+    def _sources(self, name: str) -> list[Checkpoint]:
+        models = [self.models[i] for i in self._parts[name].sources]
+        return models if self.base is None else [self.base, *models]
+
+    def found(self, name: str, j: int) -> Found:
+        """The statistics of step j, gathered before."""
+        return self._found.get((name, j)) or self._found.get(("*", j), {})
+
+    # -- statistics -----------------------------------------------------------------------------------
+
+    def _merged_names(self) -> list[str]:
+        return [n for n, p in self._parts.items() if p.carried_from is None]
+
+    def survey(self) -> None:
+        """Statistics over the whole model, step after step."""
+        super().survey()
+        with self._lock:
+            names = self._merged_names()
+            if not names:
+                return
+            for j, bound in enumerate(self.pipeline(names[0]).steps):
+                if bound.step.stat is None or bound.scope != "model" or ("*", j) in self._found:
+                    continue
+                for name in names:
+                    other = self.pipeline(name).steps[j]
+                    if other.params != bound.params:
+                        raise UsageError(
+                            f"{self.method.name}: with scope 'model' {bound.step.name} has one set of parameters "
+                            f"for the whole model, but {name!r} resolves to {dict(other.params)} and "
+                            f"{names[0]!r} to {dict(bound.params)}"
+                        )
+                    self._tensor_statistics(name, upto=j)
+                self._found[("*", j)] = self._gather(j, bound, names)
+
+    def ready(self, name: str) -> None:
+        """Statistics of one tensor."""
+        part = self.part(name)
+        if part.carried_from is not None:
+            return
+        pipeline = self.pipeline(name)
+        if all(b.step.stat is None or (name, j) in self._found for j, b in enumerate(pipeline.steps)):
+            return
+        if any(b.step.stat and b.scope == "model" for b in pipeline.steps):
+            self.survey()
+        super().ready(name)
+        with self._lock_of(name):
+            self._tensor_statistics(name, upto=len(pipeline.steps))
+
+    def _lock_of(self, name: str) -> threading.RLock:
+        with self._lock:
+            locks: dict[str, threading.RLock] = self.__dict__.setdefault("_locks", {})
+            return locks.setdefault(name, threading.RLock())
+
+    def _tensor_statistics(self, name: str, upto: int) -> None:
+        for j, bound in enumerate(self.pipeline(name).steps[:upto]):
+            if bound.step.stat is None or bound.scope == "model" or (name, j) in self._found:
+                continue
+            self._found[(name, j)] = self._gather(j, bound, [name])
+
+    def _gather(self, j: int, bound: Bound, names: Sequence[str]) -> Found:
+        """Stream over the tensors once a round, and combine."""
+        stat, how = bound.step.stat, execution()
+        assert stat is not None
+        cut = [
+            (n, a, b)
+            for n in names
+            for a, b in ranges(self._parts[n].info.numel, self.grain(n), how.chunk) or [(0, 0)]
+        ]
+        numel = sum(self._parts[n].info.numel for n in names)
+        memo: Any = None
+
+        def summarise(item: tuple[str, int, int]) -> Any:
+            name, start, stop = item
+            steps = self.pipeline(name).steps
+            if how.kernels is not None:
+                fused = how.kernels.partial(self, name, j, start, stop, memo)
+                if fused is not None:
+                    return fused
+            x, base = self.stack(name, start, stop)
+            x = self._run(name, x, base, start, steps[:j])
+            at = replace(self.at(name), start=start)
+            return stat.partial(x, memo, bound.params, at)
+
+        for _ in range(stat.rounds()):
+            part = _fold(how.map, summarise, cut, stat.join, stat.needs_order)
+            memo = stat.combine(part, memo, bound.params, numel)
+            how.surveyed(sum((b - a) * self._stored_width(n) for n, a, b in cut))
+        return stat.result(memo, bound.params)
+
+    def _stored_width(self, name: str) -> int:
+        return sum(s.info(_stored(s, name)).dtype.itemsize for s in self._sources(name))
+
+
+def _fold(
+    how_map: Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]],
+    summarise: Callable[[Any], Any],
+    cut: Sequence[Any],
+    join: Callable[[Sequence[Any]], Any],
+    ordered: bool,
+) -> Any:
+    """Summaries of all ranges as one. Counts are added up as they come, so that few are alive at a time."""
+    if ordered:
+        return join(how_map(summarise, cut))
+    lock, running = threading.Lock(), list[Any]()
+
+    def add(item: Any) -> None:
+        part = summarise(item)
+        with lock:
+            running[:] = [join([running[0], part]) if running else part]
+
+    how_map(add, cut)
+    return running[0]
+
+
+def _finite(values: Tensor) -> bool:
+    wide = values.float() if values.dtype.itemsize == 1 else values
+    return bool(wide.isfinite().all())
+
+
+def _stored(source: Checkpoint, name: str) -> str:
+    """The name a source keeps the tensor under: its own, or the one it is tied to."""
+    return name if name in source else source.aliases.get(name, name)
+
+
+def _has(source: Checkpoint, name: str) -> bool:
+    return name in source or source.aliases.get(name) in source.tensors
+
+
+def _output_names(inputs: Sequence[Checkpoint]) -> Iterator[str]:
+    """Every tensor of every input once: in the first input's order, then what the others add."""
+    seen: set[str] = set()
+    for source in inputs:
+        for name in source:
+            if name not in seen:
+                seen.add(name)
+                yield name
+
+
+def _parts(merge: Merge) -> dict[str, Part]:
+    """Decide for every output tensor, and list every problem at once."""
+    parts: dict[str, Part] = {}
+    problems: list[str] = []
+    for name in _output_names(merge.inputs):
+        holders = [s for s in merge.inputs if _has(s, name)]
+        info = holders[0].info(_stored(holders[0], name))
+        lacking = [s for s in merge.inputs if not _has(s, name)]
+        if not is_mergeable(info.dtype):
+            parts[name] = Part(info, carried_from=holders[0], reason=f"{info.dtype} is carried, not averaged")
+            continue
+        if lacking and merge.missing == "error":
+            problems.append(f"{name}: not in {', '.join(s.origin for s in lacking)}")
+            continue
+        shapes = {s.origin: s.info(_stored(s, name)).shape for s in holders}
+        if len(set(shapes.values())) > 1:
+            if merge.mismatch == "error":
+                told = ", ".join(f"{list(shape)} in {origin}" for origin, shape in shapes.items())
+                problems.append(f"{name}: shapes differ: {told}")
+            else:
+                parts[name] = Part(info, carried_from=holders[0], reason="shapes differ")
+            continue
+        sources = tuple(i for i, m in enumerate(merge.models) if _has(m, name))
+        too_few = len(sources) < merge.method.models[0] or (merge.base is not None and merge.base in lacking)
+        if lacking and (merge.missing == "carry" or too_few):
+            reason = f"not in {', '.join(s.origin for s in lacking)}"
+            parts[name] = Part(info, carried_from=holders[0], reason=reason)
+            continue
+        parts[name] = Part(info, sources)
+    if problems:
+        raise DataProblems(
+            f"{merge.origin} cannot be merged as it is: align the checkpoints, or choose a policy "
+            f"(missing: carry | available, mismatch: carry)",
+            problems,
+        )
+    return parts

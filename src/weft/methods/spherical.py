@@ -1,0 +1,195 @@
+"""Interpolation and means on the sphere: SLERP, NuSLERP, Karcher mean, multi-SLERP.
+
+slerp       sin((1−t)φ)/sin φ · θ1 + sin(tφ)/sin φ · θ2,  cos φ = ⟨θ1, θ2⟩/‖θ1‖‖θ2‖      Shoemake 1985
+nuslerp     the same with t = w2/(w1 + w2); of task vectors when a base is given          MergeKit
+karcher     m = argmin over the sphere of Σ wᵢ φ(m, uᵢ)², uᵢ = θᵢ/‖θᵢ‖; times Σ wᵢ‖θᵢ‖    Grove & Karcher 1973
+multislerp  the first `steps` steps of that, from the normalised weighted mean of the uᵢ
+
+Everything lies in the span of the models, so all of it is a rule from the Gram matrix [..., k, k] to
+coefficients [..., k], in float64; the tensors are only read for the Gram matrix and for Σ cᵢθᵢ. With
+`row_wise` each row (see step.row_length) has its own Gram matrix and its own angle.
+
+Where the geometry gives no answer: a zero tensor has no direction, so SLERP is linear and the means leave it
+out of the direction, while its zero norm counts in the mean norm. Between antiparallel tensors no great
+circle is shortest, and where the weighted directions cancel no mean is nearest: the linear interpolation or
+mean of the tensors themselves is returned. Small angles need no exception: sin tφ/sin φ is a ratio of sincs.
+
+MergeKit interpolates linearly where |cos φ| > 0.9995 (most fine-tunes of one base: `linear_above`); its
+multislerp sums projections instead of logarithms, which cancel exactly, and is our steps=0; its karcher has
+no weights; its nuslerp calls columns rows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from weft.errors import UsageError
+from weft.methods.params import Bounds, Fraction, NonNegative, Weight, per_model
+from weft.methods.registry import method
+from weft.methods.stats import Gram, fold, gram_of
+from weft.methods.step import Pipeline, step
+
+Count = Annotated[int, Bounds(0)]
+# sines and squared lengths below this are rounding errors of a float64 Gram matrix
+SMALL = 1e-7
+
+
+def slerp_coefficients(gram: Tensor, t: float, linear_above: float = 1.0) -> Tensor:
+    """Coefficients of SLERP, gram: [..., 2, 2] → [..., 2]."""
+    square = gram.diagonal(dim1=-2, dim2=-1)
+    directed = (square > 0).all(-1, keepdim=True)
+    # the roots before the product, which would underflow for small tensors
+    norms = torch.where(directed, square, 1.0).sqrt()
+    cos = torch.where(directed[..., 0], gram[..., 0, 1] / norms[..., 0] / norms[..., 1], 1.0).clamp(-1, 1)
+    # the clamp keeps the root's derivative finite where the tensors are parallel
+    sin = ((1 - cos) * (1 + cos)).clamp(min=1e-30).sqrt()
+    angle = torch.atan2(sin, cos)
+    linear = ((cos < 0) & (sin < SMALL)) | (cos.abs() > linear_above)
+    angle = torch.where(linear, 0.0, angle) / math.pi
+    parts = [(s * torch.sinc(s * angle) / torch.sinc(angle)) for s in (1 - t, t)]
+    return torch.stack(parts, -1)
+
+
+def mean_coefficients(gram: Tensor, weight: Weight, max_iter: int, tol: float) -> Tensor:
+    """Coefficients of the Riemannian mean times the mean norm, gram: [..., k, k] → [..., k].
+
+    At most `max_iter` steps m ← exp_m(Σ wᵢ log_m uᵢ), until one would be no longer than `tol`.
+    """
+    k = gram.shape[-1]
+    w = torch.tensor(per_model(weight, k), dtype=gram.dtype, device=gram.device)
+    if w.sum() == 0:
+        raise UsageError(f"weights {w.tolist()} sum to zero: a mean on the sphere needs another sum")
+    w = w / w.sum()
+    square = gram.diagonal(dim1=-2, dim2=-1)  # [..., k]
+    directed = square > 0
+    norm = torch.where(directed, torch.where(directed, square, 1.0).sqrt(), 0.0)
+    inverse = torch.where(directed, 1.0 / torch.where(directed, norm, 1.0), 0.0)
+    unit = gram * inverse[..., :, None] * inverse[..., None, :]
+    share = w * directed
+    total = share.sum(-1, keepdim=True)
+    share = share / torch.where(total != 0, total, 1.0)
+
+    def times(matrix: Tensor, a: Tensor) -> Tensor:
+        return fold(matrix * a[..., None, :])
+
+    def length(a: Tensor) -> Tensor:
+        return fold(a * times(unit, a)).clamp(min=1e-30).sqrt()[..., None]
+
+    start = length(share)  # of the weighted mean direction
+    cancelled = start <= SMALL * share.abs().sum(-1, keepdim=True)
+    done = cancelled
+    m = share / torch.where(cancelled, 1.0, start)
+    eye = torch.eye(k, dtype=gram.dtype, device=gram.device)
+    for _ in range(max_iter):
+        cos = times(unit, m).clamp(-1, 1)  # ⟨uᵢ, m⟩
+        sin = ((1 - cos) * (1 + cos)).clamp(min=1e-30).sqrt()
+        # φ/sin φ; a direction opposite to m pulls nowhere in particular
+        pull = torch.where((cos < 0) & (sin < SMALL), 0.0, 1 / torch.sinc(torch.atan2(sin, cos) / math.pi))
+        pulled = (share * pull)[..., None] * (eye - cos[..., None] * m[..., None, :])
+        tangent = fold(pulled.mT)
+        angle = length(tangent)
+        # each row stops by itself, so that no row depends on its neighbours
+        done = done | (angle <= tol)
+        if bool(done.all()):
+            break
+        moved = m * angle.cos() + tangent * torch.sinc(angle / math.pi)
+        m = torch.where(done, m, moved / torch.where(done, 1.0, length(moved)))
+    return torch.where(cancelled, w.expand_as(m), m * inverse * (w * norm).sum(-1, keepdim=True))
+
+
+def combination(x: Tensor, coefficients: Tensor) -> Tensor:
+    """Σ cᵢxᵢ, x: [k, *shape], coefficients: [..., k] with one value a leading index of the shape."""
+    c = coefficients.to(x)
+    c = c.reshape(*c.shape[:-1], *[1] * (x.ndim - c.ndim), c.shape[-1])
+    out = x[0] * c[..., 0]
+    for i in range(1, x.shape[0]):
+        out = out + x[i] * c[..., i]
+    return out
+
+
+@step(stat=Gram(), reduces=True)
+def turn(x: Tensor, *, gram: Tensor, t: float = 0.5, linear_above: Fraction = 1.0) -> Tensor:
+    """Turn the first of two tensors towards the second by a fraction t of the angle between them."""
+    return combination(x, slerp_coefficients(gram, t, linear_above))
+
+
+@step(grain="row", reduces=True)
+def turn_rows(x: Tensor, *, t: float = 0.5, linear_above: Fraction = 1.0) -> Tensor:
+    """`turn`, every row by its own angle. x: [2, rows, n] → [rows, n]."""
+    return combination(x, slerp_coefficients(gram_of(x), t, linear_above))
+
+
+@step(stat=Gram(), reduces=True)
+def mean_direction(
+    x: Tensor, *, gram: Tensor, weight: Weight = 1.0, max_iter: Count = 100, tol: NonNegative = 1e-9
+) -> Tensor:
+    """Weighted Riemannian mean of the directions, times the weighted mean norm."""
+    return combination(x, mean_coefficients(gram, weight, max_iter, tol))
+
+
+@step(grain="row", reduces=True)
+def mean_direction_rows(
+    x: Tensor, *, weight: Weight = 1.0, max_iter: Count = 100, tol: NonNegative = 1e-9
+) -> Tensor:
+    """`mean_direction` of every row by itself. x: [k, rows, n] → [rows, n]."""
+    return combination(x, mean_coefficients(gram_of(x), weight, max_iter, tol))
+
+
+def _mean(weight: Weight, max_iter: int, tol: float, row_wise: bool) -> Pipeline:
+    mean = mean_direction_rows if row_wise else mean_direction
+    return mean(weight=weight, max_iter=max_iter, tol=tol)
+
+
+@method(
+    space="weights",
+    models=(2, 2),
+    paper="Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985",
+    compat={"mergekit": {"linear_above": 0.9995}},
+)
+def slerp(*, t: Fraction = 0.5, row_wise: bool = False, linear_above: Fraction = 1.0) -> Pipeline:
+    """Spherical interpolation from the first model (t = 0) to the second (t = 1).
+
+    `linear_above` is the |cosine| beyond which to interpolate linearly; the formula needs none.
+    """
+    return (turn_rows if row_wise else turn)(t=t, linear_above=linear_above)
+
+
+@method(space="weights", models=(2, 2), base="optional", paper="Goddard et al., MergeKit, arXiv:2403.13257")
+def nuslerp(*, weight: Weight = 1.0, row_wise: bool = False) -> Pipeline:
+    """Spherical interpolation of two models, or of their task vectors, by their weights."""
+    first, second = per_model(weight, 2)
+    if first + second == 0:
+        raise UsageError(f"weights {[first, second]} sum to zero: nuslerp goes to the second by its share")
+    return (turn_rows if row_wise else turn)(t=second / (first + second))
+
+
+@method(
+    space="weights",
+    base="optional",
+    paper="Grove & Karcher, Math. Z. 132, 1973; Goddard et al., MergeKit, arXiv:2403.13257",
+    compat={"mergekit": {"max_iter": 10, "tol": 1e-5}},
+)
+def karcher(
+    *, weight: Weight = 1.0, max_iter: Count = 100, tol: NonNegative = 1e-9, row_wise: bool = False
+) -> Pipeline:
+    """Weighted Riemannian mean of the models' directions, times their weighted mean norm."""
+    return _mean(weight, max_iter, tol, row_wise)
+
+
+@method(
+    space="weights",
+    base="optional",
+    paper="Goddard et al., MergeKit, arXiv:2403.13257",
+    compat={"mergekit": {"steps": 0}},
+)
+def multislerp(*, weight: Weight = 1.0, steps: Count = 1, row_wise: bool = False) -> Pipeline:
+    """Barycentre of directions in the tangent space of their mean, times the mean norm.
+
+    The tangent space is that of the normalised weighted mean of the directions, renewed `steps` times;
+    none leaves that mean as it is.
+    """
+    return _mean(weight, steps, 0.0, row_wise)

@@ -1,0 +1,278 @@
+"""Statistics of a stack, gathered in streaming passes: exact order statistics, Gram matrices, sums.
+
+A statistic sees a stack `[k, n]` a range at a time. `partial` summarises a range, `join` puts summaries
+together, `combine` closes a round, and after the last round `result` gives the keywords a step asked for.
+Results don't depend on how the tensor was cut: counts are integers, and floating sums are kept per tile of
+`TILE` elements (ranges begin at multiples of it) and added in the order of the tiles.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from weft.checkpoints.execution import TILE
+
+if TYPE_CHECKING:
+    from weft.methods.step import At
+
+
+class Stat(ABC):
+    """One statistic. `memo` is what earlier rounds left (None in the first)."""
+
+    provides: tuple[str, ...] = ()
+    scope: Literal["tensor", "model"] = "tensor"
+    needs_order = False
+    """True when `join` must see the summaries in the order of their ranges."""
+
+    def rounds(self) -> int:
+        """How many passes over the data are needed."""
+        return 1
+
+    @abstractmethod
+    def partial(self, x: Tensor, memo: Any, params: Mapping[str, Any], at: At) -> Any:
+        """Summary of a range, x: `[k, n]`."""
+
+    @abstractmethod
+    def join(self, parts: Sequence[Any]) -> Any:
+        """One summary from several, in order."""
+
+    @abstractmethod
+    def combine(self, part: Any, memo: Any, params: Mapping[str, Any], numel: int) -> Any:
+        """Close a round over `numel` elements: the memo for the next round, or for `result`."""
+
+    @abstractmethod
+    def result(self, memo: Any, params: Mapping[str, Any]) -> dict[str, Any]:
+        """The keywords for the step."""
+
+    def of(self, x: Tensor, params: Mapping[str, Any], at: At) -> dict[str, Any]:
+        """The statistic of one whole stack `[k, *shape]`; sums and inner products are differentiable."""
+        flat = x.reshape(x.shape[0], -1)
+        memo = None
+        for _ in range(self.rounds()):
+            memo = self.combine(self.partial(flat, memo, params, at), memo, params, flat.shape[1])
+        return self.result(memo, params)
+
+
+def fold(y: Tensor) -> Tensor:
+    """Sum over the last axis by adding halves: [..., n] → [...].
+
+    The order of the additions depends on n alone. Library sums and matrix products choose theirs by
+    thread count, alignment and batch, and differ in the last bits from one cut of a tensor to another.
+    """
+    while (n := y.shape[-1]) > 1:
+        half = (n + 1) // 2
+        rest = y[..., half:]
+        y = y[..., :half] + (rest if n == 2 * half else pad(rest, (0, 1)))
+    return y[..., 0] if n else y.sum(-1)
+
+
+def tile_sums(y: Tensor) -> Tensor:
+    """Sums over tiles, y: [m, n] → [tiles, m]; the last tile may be short."""
+    full = y.shape[1] // TILE * TILE
+    parts = [fold(y[:, :full].reshape(y.shape[0], -1, TILE)).T] if full else []
+    if y.shape[1] > full or not full:
+        parts.append(fold(y[:, full:])[None])
+    return torch.cat(parts)
+
+
+def pairs(k: int) -> list[tuple[int, int]]:
+    """The upper triangle of a k×k matrix."""
+    return [(i, j) for i in range(k) for j in range(i, k)]
+
+
+def gram_of(x: Tensor) -> Tensor:
+    """Inner products over the last axis in float64, x: [k, ..., n] → [..., k, k]."""
+    k, x = x.shape[0], x.double()
+    return symmetric(torch.stack([fold(x[i] * x[j]) for i, j in pairs(k)], -1), k)
+
+
+def symmetric(entries: Tensor, k: int) -> Tensor:
+    """The symmetric matrix with this upper triangle: [..., k(k+1)/2] → [..., k, k]."""
+    where = {ij: at for at, ij in enumerate(pairs(k))}
+    index = [where[min(i, j), max(i, j)] for i in range(k) for j in range(k)]
+    return entries[..., index].reshape(*entries.shape[:-1], k, k)
+
+
+class Gram(Stat):
+    """`gram: [k, k]` float64, the inner products of the k tensors."""
+
+    provides = ("gram",)
+    needs_order = True
+
+    def partial(self, x: Tensor, memo: Any, params: Mapping[str, Any], at: At) -> Tensor:
+        # pair by pair: one product of the range's size is alive at a time
+        sums = [tile_sums((x[i].double() * x[j].double())[None]) for i, j in pairs(x.shape[0])]
+        return torch.cat(sums, 1)  # [tiles, k(k+1)/2]
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(parts))
+
+    def combine(self, part: Tensor, memo: Any, params: Mapping[str, Any], numel: int) -> Tensor:
+        k = math.isqrt(2 * part.shape[1])
+        return symmetric(fold(part.T), k)
+
+    def result(self, memo: Tensor, params: Mapping[str, Any]) -> dict[str, Any]:
+        return {"gram": memo}
+
+
+class Sums(Stat):
+    """Sums over elements of per-element quantities: `name: [m]`, float64.
+
+    `fn(x, params, at)` maps `[k, n]` to `[m, n]`; the statistic is its sum over n. For a step of grain "row"
+    every range consists of whole rows, and `fn` may look at them.
+    """
+
+    needs_order = True
+
+    def __init__(
+        self,
+        name: str,
+        fn: Callable[[Tensor, Mapping[str, Any], At], Tensor],
+        scope: Literal["tensor", "model"] = "tensor",
+    ) -> None:
+        self.provides, self.fn, self.scope = (name,), fn, scope
+
+    def partial(self, x: Tensor, memo: Any, params: Mapping[str, Any], at: At) -> Tensor:
+        return tile_sums(self.fn(x, params, at).double())
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(parts))
+
+    def combine(self, part: Tensor, memo: Any, params: Mapping[str, Any], numel: int) -> Tensor:
+        return fold(part.T)
+
+    def result(self, memo: Tensor, params: Mapping[str, Any]) -> dict[str, Any]:
+        return {self.provides[0]: memo}
+
+
+Ranks = Callable[[Mapping[str, Any], int, int], Sequence[Sequence[int]]]
+Value = Callable[[Tensor, Mapping[str, Any], "At"], Tensor]
+
+
+class Select(Stat):
+    """Exact order statistics of magnitudes by radix selection: no sort, no copy, two counting passes.
+
+    `ranks(params, k, numel)` gives, per model, the 1-based ranks wanted, counted from the largest magnitude
+    down; the result `name: [k, q]` holds the magnitudes at those ranks (+inf for rank 0, so that
+    nothing reaches it, and 0.0 for ranks past the end). Magnitudes are compared as float32 whatever the
+    working dtype: its bit patterns order like the numbers, and 24 bits hold what 16-bit weights differ by.
+    Of something else than the entries: `value(x, params, at)` maps `[k, n]` to the `[m, n]` to be ranked.
+    """
+
+    DIGIT = 16
+
+    def __init__(self, name: str, ranks: Ranks, value: Value | None = None) -> None:
+        self.provides, self.ranks, self.value = (name,), ranks, value
+
+    def _magnitude(self, x: Tensor, params: Mapping[str, Any], at: At) -> Tensor:
+        return compared(x if self.value is None else self.value(x, params, at))
+
+    def rounds(self) -> int:
+        return 2
+
+    def partial(self, x: Tensor, memo: Any, params: Mapping[str, Any], at: At) -> Tensor:
+        """Counts `[k, q, 2**16]` of the upper half of the keys, then of the lower half below a prefix."""
+        keys = self._magnitude(x, params, at).view(torch.int32).long()  # [k, n]
+        digits = 1 << self.DIGIT
+        if memo is None:
+            return torch.stack([torch.bincount(r >> self.DIGIT, minlength=digits) for r in keys])[:, None]
+        prefix = memo["prefix"]  # [k, q]
+        counts = []
+        for row, wanted in zip(keys, prefix.tolist(), strict=True):
+            upper = row >> self.DIGIT
+            counts += [torch.bincount(row[upper == p] & (digits - 1), minlength=digits) for p in wanted]
+        return torch.stack(counts).reshape(*prefix.shape, digits)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(parts)).sum(0)
+
+    def combine(self, part: Tensor, memo: Any, params: Mapping[str, Any], numel: int) -> Any:
+        k, part = part.shape[0], part.cpu()
+        if memo is None:
+            wanted = torch.tensor([list(r) for r in self.ranks(params, k, numel)], dtype=torch.int64)
+            memo = {"wanted": wanted, "rank": wanted.clamp(1, max(numel, 1)), "numel": numel,
+                    "prefix": torch.zeros_like(wanted)}  # fmt: skip
+            part = part.expand(k, wanted.shape[1], -1)
+        above = part.flip(-1).cumsum(-1)  # [k, q, digits], from the largest digit down
+        where = torch.searchsorted(above, memo["rank"][..., None]).clamp(max=part.shape[-1] - 1)
+        before = torch.where(where > 0, above.gather(-1, (where - 1).clamp(min=0)), 0)
+        digit = (part.shape[-1] - 1 - where)[..., 0]
+        return memo | {
+            "rank": memo["rank"] - before[..., 0],
+            "prefix": (memo["prefix"] << self.DIGIT) | digit,
+        }
+
+    def result(self, memo: Any, params: Mapping[str, Any]) -> dict[str, Any]:
+        value = memo["prefix"].to(torch.int32).view(torch.float32).double()
+        value = torch.where(memo["wanted"] <= 0, math.inf, value)
+        value = torch.where(memo["wanted"] > memo["numel"], 0.0, value)
+        return {self.provides[0]: value}
+
+    def of(self, x: Tensor, params: Mapping[str, Any], at: At) -> dict[str, Any]:
+        """On a tensor at hand a partial sort is simpler, and gives the same numbers."""
+        magnitude = self._magnitude(x.detach().reshape(x.shape[0], -1), params, at)  # [k, n]
+        ranks = self.ranks(params, *magnitude.shape)
+        rows = [[_at_rank(m, r) for r in rs] for m, rs in zip(magnitude, ranks, strict=True)]
+        return {self.provides[0]: torch.tensor(rows, dtype=torch.float64)}
+
+
+class Chain(Stat):
+    """Statistics of one step, one after the other: each sees the results of those before it as parameters."""
+
+    def __init__(self, *stats: Stat) -> None:
+        self.stats = stats
+        self.provides = tuple(name for s in stats for name in s.provides)
+        self.scope = stats[0].scope
+        self.needs_order = any(s.needs_order for s in stats)
+
+    def rounds(self) -> int:
+        return sum(s.rounds() for s in self.stats)
+
+    # memo: (number of the running statistic, rounds it has had, its own memo, results so far)
+    def _state(self, memo: Any) -> tuple[int, int, Any, dict[str, Any]]:
+        return memo or (0, 0, None, {})
+
+    def partial(self, x: Tensor, memo: Any, params: Mapping[str, Any], at: At) -> Any:
+        number, _, inner, found = self._state(memo)
+        return number, self.stats[number].partial(x, inner, {**params, **found}, at)
+
+    def join(self, parts: Sequence[Any]) -> Any:
+        number = parts[0][0]
+        return number, self.stats[number].join([part for _, part in parts])
+
+    def combine(self, part: Any, memo: Any, params: Mapping[str, Any], numel: int) -> Any:
+        number, had, inner, found = self._state(memo)
+        stat, known = self.stats[number], {**params, **found}
+        inner = stat.combine(part[1], inner, known, numel)
+        if had + 1 < stat.rounds():
+            return number, had + 1, inner, found
+        return number + 1, 0, None, {**found, **stat.result(inner, known)}
+
+    def result(self, memo: Any, params: Mapping[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = memo[3]
+        return found
+
+    def of(self, x: Tensor, params: Mapping[str, Any], at: At) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for stat in self.stats:
+            found |= stat.of(x, {**params, **found}, at)
+        return found
+
+
+def _at_rank(magnitude: Tensor, rank: int) -> float:
+    n = magnitude.numel()
+    if rank <= 0:
+        return math.inf
+    return float(magnitude.kthvalue(n - rank + 1).values) if rank <= n else 0.0
+
+
+def compared(x: Tensor) -> Tensor:
+    """|x| as magnitudes are compared: rounded to float32."""
+    return x.abs().to(torch.float32)

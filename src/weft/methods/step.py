@@ -1,0 +1,228 @@
+"""Steps and pipelines: the two pieces every merging method is made of.
+
+A step is a small pure function over a stack of tensors `x: [k, *shape]` (k models, usually task vectors).
+It maps the stack to a stack, or reduces it to `[*shape]`. It declares
+
+- `grain`: whether it may see any range of elements, whole rows, or only the whole tensor;
+- `stat`: a statistic of the stack over the tensor or the whole model that must be known first. The engine
+  gathers it in a streaming pass; a direct call gathers it from the tensor at hand.
+
+`trim(x, density=0.2)` runs the step; `trim(density=0.2)` binds it, and bound steps compose with `|` into a
+pipeline, which is again callable on tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from inspect import signature
+from math import prod
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from weft.errors import UsageError
+from weft.methods.params import Parameter, check_params, signature_parameters
+from weft.methods.stats import Stat
+
+Grain = Literal["element", "row", "tensor"]
+
+
+@dataclass(frozen=True)
+class At:
+    """Where a stack of values lies: what a step may know beside the values themselves."""
+
+    name: str = ""
+    shape: tuple[int, ...] = ()
+    """Shape of the whole tensor (not of the range)."""
+    start: int = 0
+    """Flat position of the first element of the range in the tensor."""
+    seed: int = 0
+    layer: int | None = None
+    """Index of the block the tensor belongs to, None for tensors outside the blocks."""
+    layers: int = 1
+    """Number of blocks of the model."""
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+def row_length(shape: Sequence[int]) -> int:
+    """Elements of one row: the input weights of one output unit.
+
+    The last axis of matrices and of fused experts `[E, out, in]`; everything behind the first axis for
+    convolutions (four axes and more, or three with a short kernel axis); a vector is one row.
+    """
+    if len(shape) <= 1:
+        return max(1, prod(shape))
+    if len(shape) == 2 or (len(shape) == 3 and shape[-1] >= 16):
+        return max(1, shape[-1])
+    return max(1, prod(shape[1:]))
+
+
+class Step:
+    """A declared step. See the module's docstring; made by the decorator `step`."""
+
+    def __init__(
+        self,
+        fn: Callable[..., Tensor],
+        *,
+        grain: Grain | Callable[[Mapping[str, Any]], Grain],
+        stat: Stat | None,
+        reduces: bool,
+    ) -> None:
+        self.fn, self.name, self.stat, self.reduces = fn, fn.__name__, stat, reduces
+        self._grain = grain
+        self.__doc__ = fn.__doc__
+        self.__name__ = fn.__name__
+        known = signature(fn).parameters
+        self.wants_at = "at" in known
+        self.wants_base = "base" in known
+        provided = stat.provides if stat else ()
+        self.params: dict[str, Parameter] = signature_parameters(fn, skip=("at", "base", *provided))
+
+    def grain(self, params: Mapping[str, Any]) -> Grain:
+        return self._grain(params) if callable(self._grain) else self._grain
+
+    def run(
+        self,
+        x: Tensor,
+        params: Mapping[str, Any],
+        found: Mapping[str, Any],
+        at: At,
+        base: Tensor | None,
+    ) -> Tensor:
+        """Apply the function given the statistics `found`; the engine's way in."""
+        extra: dict[str, Any] = dict(found)
+        if self.wants_at:
+            extra["at"] = at
+        if self.wants_base:
+            extra["base"] = base
+        return self.fn(x, **params, **extra)
+
+    @overload
+    def __call__(self, x: None = None, /, **params: Any) -> Pipeline: ...
+    @overload
+    def __call__(
+        self, x: Tensor | Sequence[Tensor], /, *, base: Tensor | None = None, at: At | None = None,
+        **params: Any,
+    ) -> Tensor: ...  # fmt: skip
+    def __call__(
+        self,
+        x: Tensor | Sequence[Tensor] | None = None,
+        /,
+        *,
+        base: Tensor | None = None,
+        at: At | None = None,
+        **params: Any,
+    ) -> Tensor | Pipeline:
+        pipeline = Pipeline((Bound(self, check_params(self.name, self.params, params)),))
+        return pipeline if x is None else pipeline(x, base=base, at=at)
+
+    def __repr__(self) -> str:
+        return f"<step {self.name}>"
+
+
+def step(
+    *,
+    grain: Grain | Callable[[Mapping[str, Any]], Grain] = "element",
+    stat: Stat | None = None,
+    reduces: bool = False,
+) -> Callable[[Callable[..., Tensor]], Step]:
+    """Declare a function `(x: [k, *shape], *, params…) -> Tensor` as a step.
+
+    Keywords named `at` (an `At`) and `base` (the base's values, `[*shape]`) are filled in by whoever runs
+    the step; those that `stat` provides come from the statistic. With grain "row", x comes as
+    `[k, rows, row_length]`; with "tensor" as `[k, *shape]`; with "element" in any shape.
+    """
+
+    def declare(fn: Callable[..., Tensor]) -> Step:
+        return STEPS.setdefault(fn.__name__, Step(fn, grain=grain, stat=stat, reduces=reduces))
+
+    return declare
+
+
+STEPS: dict[str, Step] = {}
+"""Every declared step by name: the vocabulary of `steps:` in a recipe."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A step with its parameters."""
+
+    step: Step
+    params: Mapping[str, Any]
+
+    @property
+    def grain(self) -> Grain:
+        return self.step.grain(self.params)
+
+    @property
+    def scope(self) -> Literal["tensor", "model"]:
+        """Over what the statistic is taken: the step's `scope` parameter, or its stat's own."""
+        if self.step.stat is None:
+            return "tensor"
+        scope: Literal["tensor", "model"] = self.params.get("scope", self.step.stat.scope)
+        return scope
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Bound steps, one after the other; composed with `|`, callable on tensors."""
+
+    steps: tuple[Bound, ...] = field(default=())
+
+    def __or__(self, other: Pipeline) -> Pipeline:
+        return Pipeline(self.steps + other.steps)
+
+    @cached_property
+    def grain(self) -> Grain:
+        """The coarsest grain any step needs."""
+        grains = {b.grain for b in self.steps}
+        return "tensor" if "tensor" in grains else "row" if "row" in grains else "element"
+
+    @property
+    def reduces(self) -> bool:
+        return any(b.step.reduces for b in self.steps)
+
+    def __call__(
+        self, x: Tensor | Sequence[Tensor], *, base: Tensor | None = None, at: At | None = None
+    ) -> Tensor:
+        """Run on a stack `[k, *shape]` or a list of k tensors, with statistics of these tensors alone."""
+        stack = as_stack(x)
+        shape = tuple(stack.shape[1:])
+        at = replace(at or At(), shape=shape)
+        reduced = False
+        for bound in self.steps:
+            if reduced and (bound.step.stat or bound.step.reduces):
+                raise UsageError(f"step {bound.step.name} needs the stack, which is merged before it")
+            found = bound.step.stat.of(stack, bound.params, at) if bound.step.stat else {}
+            view = (-1, row_length(shape)) if bound.grain == "row" else shape
+            models = () if reduced else (stack.shape[0],)
+            b = None if base is None else base.reshape(view)
+            out = bound.step.run(stack.reshape((*models, *view)), bound.params, found, at, b)
+            reduced = reduced or bound.step.reduces
+            stack = out.reshape(shape if reduced else (*models, *shape))
+        return stack
+
+    def __str__(self) -> str:
+        def show(b: Bound) -> str:
+            return f"{b.step.name}({', '.join(f'{k}={v!r}' for k, v in b.params.items())})"
+
+        return " | ".join(map(show, self.steps))
+
+
+def as_stack(x: Tensor | Sequence[Tensor]) -> Tensor:
+    """`[k, *shape]` from a stack or a sequence of equally shaped tensors."""
+    if isinstance(x, Tensor):
+        if x.ndim == 0:
+            raise UsageError("a stack of tensors has the models along its first axis; got a scalar")
+        return x
+    tensors = [torch.as_tensor(t) for t in x]
+    shapes = {tuple(t.shape) for t in tensors}
+    if len(shapes) != 1:
+        raise UsageError(f"tensors to merge must have one shape, got {sorted(shapes)}")
+    return torch.stack(tensors)
