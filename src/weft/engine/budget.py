@@ -1,0 +1,66 @@
+"""The memory budget: bytes that work in flight may hold, acquired before the work begins."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from weft.errors import UsageError
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+          "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40,
+          "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}  # fmt: skip
+
+
+def parse_size(text: str | int) -> int:
+    """`"2GiB"`, `"500MB"`, `"4g"`, 1024 → bytes. Raises UsageError."""
+    if isinstance(text, int):
+        return text
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not found or found[2].lower() not in _UNITS:
+        raise UsageError(f"{text!r} is no size: write it like 2GiB, 500MB or 1073741824")
+    return int(float(found[1]) * _UNITS[found[2].lower()])
+
+
+def show_size(n: float) -> str:
+    """1610612736 → `"1.5 GiB"`."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(n) < 1024 or unit == "TiB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    raise AssertionError
+
+
+def default_memory() -> int:
+    """A quarter of what is installed, between 1 and 16 GiB."""
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(max(installed // 4, 1 << 30), 16 << 30)
+
+
+class Budget:
+    """A counting lock over bytes. Work larger than the whole budget must be refused before it starts."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.used = 0
+        self.peak = 0
+        self._freed = threading.Condition()
+
+    @contextmanager
+    def holding(self, nbytes: int) -> Iterator[None]:
+        """Hold `nbytes` for the block; waits until they are free."""
+        assert nbytes <= self.total
+        with self._freed:
+            while self.used + nbytes > self.total:
+                self._freed.wait()
+            self.used += nbytes
+            self.peak = max(self.peak, self.used)
+        try:
+            yield
+        finally:
+            with self._freed:
+                self.used -= nbytes
+                self._freed.notify_all()

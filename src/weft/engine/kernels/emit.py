@@ -1,0 +1,167 @@
+"""How each step reads as scalar code on float64 values of one position: the fused form of the torch definition.
+
+An emitter appends lines to a `Body` and replaces its `values` (one expression a model, or one in all after a
+reducing step). It must do the same operations in the same order as the step's torch function: tests compare
+them bit by bit. Numbers are passed as arguments of the kernel, so that other parameters need no other code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from weft.methods.params import per_model
+from weft.methods.random import stream_key, threshold
+from weft.methods.spherical import mean_coefficients, slerp_coefficients
+from weft.methods.step import At
+from weft.methods.stock import stock_ratio
+
+
+@dataclass
+class Body:
+    """The inner loop of one kernel under construction."""
+
+    values: list[str]
+    lines: list[str] = field(default_factory=list)
+    floats: list[float] = field(default_factory=list)
+    words: list[int] = field(default_factory=list)
+    """32-bit words: hash keys and thresholds."""
+
+    @property
+    def k(self) -> int:
+        return len(self.values)
+
+    def number(self, value: float) -> str:
+        self.floats.append(float(value))
+        return f"p{len(self.floats) - 1}"
+
+    def word(self, value: int) -> str:
+        self.words.append(int(value))
+        return f"q{len(self.words) - 1}"
+
+    def let(self, expression: str) -> str:
+        name = f"v{len(self.lines)}"
+        self.lines.append(f"{name} = {expression}")
+        return name
+
+
+Emitter = Callable[[Body, Mapping[str, Any], Mapping[str, Any], At], None]
+EMITTERS: dict[str, Emitter] = {}
+
+
+def emits(name: str) -> Callable[[Emitter], Emitter]:
+    def declare(fn: Emitter) -> Emitter:
+        EMITTERS[name] = fn
+        return fn
+
+    return declare
+
+
+def _sum(body: Body, coefficients: list[float]) -> None:
+    """Σ cᵢxᵢ, added model by model."""
+    terms = [f"{v} * {body.number(c)}" for v, c in zip(body.values, coefficients, strict=True)]
+    body.values = [body.let(" + ".join(terms))]
+
+
+@emits("weighted_sum")
+def weighted_sum(body: Body, params: Mapping[str, Any], found: Mapping[str, Any], at: At) -> None:
+    w = per_model(params["weight"], body.k)
+    if params["normalize"]:
+        total = sum(w)
+        w = [v / total for v in w]
+    _sum(body, w)
+
+
+@emits("scaled")
+def scaled(body: Body, params: Mapping[str, Any], found: Mapping[str, Any], at: At) -> None:
+    scale = body.number(params["scale"])
+    body.values = [body.let(f"{v} * {scale}") for v in body.values]
+
+
+@emits("trim")
+def trim(body: Body, params: Mapping[str, Any], found: Mapping[str, Any], at: At) -> None:
+    bounds = found["threshold"][:, 0].tolist()
+    body.values = [
+        body.let(f"{v} if magnitude({v}) >= {body.number(t)} else 0.0")
+        for v, t in zip(body.values, bounds, strict=True)
+    ]
+
+
+@emits("band")
+def band(body: Body, params: Mapping[str, Any], found: Mapping[str, Any], at: At) -> None:
+    kept = []
+    for v, (high, low) in zip(body.values, found["bounds"].tolist(), strict=True):
+        size = body.let(f"magnitude({v})")
+        kept.append(
+            body.let(f"{v} if ({size} <= {body.number(high)}) & ({size} >= {body.number(low)}) else 0.0")
+        )
+    body.values = kept
+
+
+@emits("elect_sign")
+def elect_sign(body: Body, params: Mapping[str, Any], found: Mapping[str, Any], at: At) -> None:
+    w = per_model(params["weight"], body.k)
+    weighted = [body.let(f"{v} * {body.number(c)}") for v, c in zip(body.values, w, strict=True)]
+    signs = [body.let(f"(1.0 if {t} > 0.0 else 0.0) - (1.0 if {t} < 0.0 else 0.0)") for t in weighted]
+    votes = body.let(" + ".join(weighted if params["elect"] == "mass" else signs))
+    if params["tie"] == "none":
+        sign = body.let(f"(1.0 if {votes} > 0.0 else 0.0) - (1.0 if {votes} < 0.0 else 0.0)")
+        body.values = [
+            body.let(f"{v} if ({s} == {sign}) & ({sign} != 0.0) else 0.0")
+            for v, s in zip(body.values, signs, strict=True)
+        ]
+    else:
+        sign = body.let(f"1.0 if {votes} >= 0.0 else -1.0")
+        body.values = [
+            body.let(f"{v} if {s} == {sign} else 0.0") for v, s in zip(body.values, signs, strict=True)
+        ]
+
+
+@emits("disjoint_mean")
+def disjoint_mean(body: Body, params: Mapping[str, Any], found: Mapping[str, Any], at: At) -> None:
+    w = per_model(params["weight"], body.k)
+    if not params["normalize"]:
+        _sum(body, w)
+        return
+    names = [body.number(c) for c in w]
+    total = body.let(" + ".join(f"{v} * {c}" for v, c in zip(body.values, names, strict=True)))
+    mass = body.let(
+        " + ".join(f"({c} if {v} != 0.0 else 0.0)" for v, c in zip(body.values, names, strict=True))
+    )
+    body.values = [body.let(f"{total} / ({mass} if {mass} != 0.0 else 1.0) if {mass} != 0.0 else 0.0")]
+
+
+@emits("drop")
+def drop(body: Body, params: Mapping[str, Any], found: Mapping[str, Any], at: At) -> None:
+    kept = []
+    for i, (v, p) in enumerate(zip(body.values, per_model(params["density"], body.k), strict=True)):
+        if p < 1.0:
+            k0, k1 = (body.word(key) for key in stream_key(at.seed, i, at.name, at.start >> 32))
+            draw = body.let(f"bits(u32(low + u32(i)), {k0}, {k1})")
+            v = body.let(f"{v} if {draw} < {body.word(threshold(p))} else 0.0")
+        if params["rescale"] and p > 0:
+            v = body.let(f"{v} / {body.number(p)}")
+        kept.append(v)
+    body.values = kept
+
+
+def _combination(body: Body, coefficients: torch.Tensor) -> None:
+    _sum(body, coefficients.expand(body.k).tolist())
+
+
+@emits("turn")
+def turn(body: Body, params: Mapping[str, Any], found: Mapping[str, Any], at: At) -> None:
+    _combination(body, slerp_coefficients(found["gram"], **params))
+
+
+@emits("mean_direction")
+def mean_direction(body: Body, params: Mapping[str, Any], found: Mapping[str, Any], at: At) -> None:
+    _combination(body, mean_coefficients(found["gram"], **params))
+
+
+@emits("shrink_mean")
+def shrink_mean(body: Body, params: Mapping[str, Any], found: Mapping[str, Any], at: At) -> None:
+    _combination(body, stock_ratio(found["gram"], params["clamp"]) / body.k)

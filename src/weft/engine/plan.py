@@ -1,0 +1,136 @@
+"""The plan of a save: what is read and written, how tensors are cut, what memory it takes. Moves no bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from weft.checkpoints.base import Checkpoint, TensorInfo
+from weft.checkpoints.dtypes import dtype_name, is_mergeable
+from weft.checkpoints.execution import TILE, ranges
+from weft.engine.budget import Budget, show_size
+from weft.engine.writer import Layout, lay_out
+from weft.errors import DataProblems, UsageError
+
+MAX_CHUNK = 1 << 18
+DEVICE_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a save will do."""
+
+    checkpoint: Checkpoint
+    tensors: Mapping[str, TensorInfo]
+    """Output tensors with their output dtypes."""
+    layout: Layout
+    chunk: int
+    threads: int
+    memory: int
+    device: torch.device
+    bytes_read: int
+    bytes_written: int
+    peak_memory: int
+    """Upper bound of what all threads hold at once, the interpreter and torch excepted."""
+
+    def ranges(self, name: str) -> list[tuple[int, int]]:
+        return ranges(self.tensors[name].numel, self.checkpoint.grain(name), self.chunk)
+
+    def cost(self, name: str, count: int) -> int:
+        """Bytes held while a range is computed and written."""
+        return self.checkpoint.working_bytes(name, count) + count * self.tensors[name].dtype.itemsize
+
+    def describe(self) -> dict[str, object]:
+        """The plan as plain data, for `--dry-run` and the log."""
+        return {
+            "tensors": len(self.tensors),
+            "parameters": sum(i.numel for i in self.tensors.values()),
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "files": dict(self.layout.sizes),
+            "threads": self.threads,
+            "device": str(self.device),
+            "memory": self.memory,
+            "peak_memory": self.peak_memory,
+            "chunk_elements": self.chunk,
+            "dtypes": sorted({dtype_name(i.dtype) for i in self.tensors.values()}),
+        }
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    *,
+    threads: int,
+    memory: int,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = 5 * 10**9,
+    stem: str = "model",
+    metadata: Mapping[str, str] | None = None,
+) -> Plan:
+    """Lay out the output and cut the work so that it fits the memory; DataProblems lists what cannot."""
+    where = parse_device(device)
+    tensors = {
+        n: TensorInfo(i.shape, dtype) if dtype is not None and is_mergeable(i.dtype) else i
+        for n, i in checkpoint.tensors.items()
+    }
+    if not tensors:
+        raise UsageError(f"{checkpoint.origin} has no tensors to write")
+    layout = lay_out(tensors, shard_bytes, metadata or {"format": "pt"}, stem)
+    largest = MAX_CHUNK if where.type == "cpu" else DEVICE_CHUNK
+    chunk = largest
+    while chunk > TILE and threads * _range_cost(checkpoint, tensors, chunk, elementwise=True) > memory:
+        chunk //= 2
+    too_large = []
+    for name, info in tensors.items():
+        cuts = ranges(info.numel, checkpoint.grain(name), chunk)
+        longest = max((b - a for a, b in cuts), default=0)
+        need = checkpoint.working_bytes(name, longest) + longest * info.dtype.itemsize
+        if need > memory:
+            whole = "whole" if longest == info.numel else f"{longest:,} elements at a time"
+            too_large.append(f"{name} {list(info.shape)} is needed {whole}: {show_size(need)}")
+    if too_large:
+        raise DataProblems(
+            f"{show_size(memory)} of memory is not enough for this merge: raise --memory or choose a method "
+            f"that streams",
+            too_large,
+        )
+    peak = min(memory, threads * _range_cost(checkpoint, tensors, chunk, elementwise=False))
+    return Plan(
+        checkpoint, tensors, layout, chunk, threads, memory, where,
+        bytes_read=sum(checkpoint.bytes_read(n) for n in tensors),
+        bytes_written=layout.total, peak_memory=peak,
+    )  # fmt: skip
+
+
+def _range_cost(
+    checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], chunk: int, elementwise: bool
+) -> int:
+    """The most that one range takes, over all tensors (or only those that may be cut anywhere)."""
+    cost = 0
+    for name, info in tensors.items():
+        grain = checkpoint.grain(name)
+        if elementwise and grain > 1:
+            continue
+        n = max((b - a for a, b in ranges(info.numel, grain, chunk)), default=0)
+        cost = max(cost, checkpoint.working_bytes(name, n) + n * info.dtype.itemsize)
+    return cost
+
+
+def parse_device(device: str) -> torch.device:
+    """`"cpu"`, `"cuda"`, `"cuda:1"` → torch.device; UsageError if it is not there."""
+    try:
+        where = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"{device!r} is no device: use cpu, cuda or cuda:1") from None
+    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"{device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    if where.type not in ("cpu", "cuda"):
+        raise UsageError(f"{device!r} is not supported: use cpu, cuda or cuda:1")
+    return where
+
+
+def budget_for(plan: Plan) -> Budget:
+    return Budget(plan.memory)

@@ -1,0 +1,246 @@
+"""`save`: the one verb that moves bytes. Pulls a checkpoint through its graph into files, range by range."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weft.checkpoints.base import Checkpoint
+from weft.checkpoints.execution import Execution, executing
+from weft.engine.budget import Budget, default_memory, parse_size
+from weft.engine.digest import RunningDigest
+from weft.engine.plan import Plan, make_plan
+from weft.engine.pool import WorkPool
+from weft.engine.record import (
+    manifest,
+    model_card,
+    output_config,
+    write_assets,
+    write_config,
+    write_index,
+)
+from weft.engine.staging import Staging, fingerprint, refuse_existing, refuse_inputs
+from weft.engine.writer import PlacedFiles, write_whole
+
+MANIFEST = "weft-manifest.json"
+Event = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a save did."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+    seconds: float
+    resumed: int = 0
+    """Tensors found written by an earlier, interrupted run."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class Settings:
+    """How to save; the keywords of `save`."""
+
+    memory: int | str | None = None
+    threads: int | None = None
+    device: str = "cpu"
+    shard_size: int | str = "5GB"
+    dtype: torch.dtype | None = None
+    overwrite: bool = False
+    kernels: bool = True
+    digests: bool = True
+    executor: str = "local"
+    on_event: Callable[[Event], None] = field(default=lambda event: None)
+
+    def plan(self, checkpoint: Checkpoint, out: Path) -> Plan:
+        """The plan for writing `checkpoint` to `out`."""
+        single = out.suffix == ".safetensors"
+        return make_plan(
+            checkpoint,
+            threads=self.threads or os.cpu_count() or 1,
+            memory=default_memory() if self.memory is None else parse_size(self.memory),
+            device=self.device,
+            dtype=self.dtype,
+            shard_bytes=(1 << 62) if single else parse_size(self.shard_size),
+            stem=out.stem if single else "model",
+        )
+
+
+def save(
+    checkpoint: Checkpoint,
+    out: str | Path,
+    *,
+    recipe: Mapping[str, Any] | None = None,
+    recipe_text: str | None = None,
+    **settings: Any,
+) -> Saved:
+    """Write a checkpoint as safetensors: a folder, or one file if `out` ends in .safetensors.
+
+    Keywords (see `Settings`): `memory` bounds what is held at once (bytes or "2GiB"), `threads`, `device`,
+    `shard_size`, `dtype` (storage dtype of floating tensors), `overwrite`, `digests` (sha256 of inputs and
+    outputs in the manifest), `executor` ("local" or "ray"), `on_event`.
+
+    The output has its final name only when it is whole. An interrupted call leaves a hidden folder beside
+    it, from which the same call goes on. Raises UsageError and DataError; inputs are never written to.
+    """
+    began = time.monotonic()
+    out, how = Path(out), Settings(**settings)
+    refuse_existing(out, how.overwrite)
+    plan = how.plan(checkpoint, out)
+    refuse_inputs(out, plan)
+    how.on_event({"event": "plan", **plan.describe()})
+    staging = Staging(out, fingerprint(plan), overwrite=how.overwrite)
+    resumed = len(staging.done)
+    try:
+        digests = run(plan, staging, how)
+        with WorkPool(plan.threads) as pool:
+            inputs = _input_records(plan, how.digests, pool)
+        config, notes = output_config(plan)
+        record = manifest(plan, recipe=recipe, digests=digests, inputs=inputs, notes=notes)
+        _write_companions(staging.folder, out, plan, config, record, recipe_text)
+    except BaseException:
+        staging.abandon()
+        raise
+    staging.publish()
+    seconds = time.monotonic() - began
+    how.on_event({"event": "done", "seconds": round(seconds, 3), "path": str(out)})
+    return Saved(out, record, seconds, resumed, tuple(notes))
+
+
+def run(plan: Plan, staging: Staging, how: Settings) -> dict[str, str | None]:
+    """Compute and write every tensor that is not written yet; sha256 of the files."""
+    if how.executor == "ray":
+        from weft.engine.ray import write_tensors_on_ray
+
+        return write_tensors_on_ray(plan, staging, how)
+    return write_tensors(plan, staging, how, [n for n in plan.tensors if n not in staging.done])
+
+
+def write_tensors(plan: Plan, staging: Staging, how: Settings, names: list[str]) -> dict[str, str | None]:
+    """Compute and write `names` on this machine's threads."""
+    files = PlacedFiles(staging.folder, plan.layout)
+    hashes = {
+        file: RunningDigest(staging.folder / file, plan.layout, plan.tensors) for file in plan.layout.sizes
+    }
+    try:
+        with working(plan, how) as pool:
+            plan.checkpoint.survey()
+            todo = set(names)
+            for name in plan.tensors:
+                if name not in todo and how.digests:
+                    hashes[plan.layout.places[name].file].finished(name)
+            write = Writing(plan, files, how.on_event)
+
+            def one(name: str) -> None:
+                write.tensor(name, pool)
+                staging.record(name)
+                if how.digests:
+                    hashes[plan.layout.places[name].file].finished(name)
+
+            pool.map(one, names)
+            found = pool.map(lambda h: h.hexdigest() if how.digests else None, list(hashes.values()))
+            files.sync()
+    finally:
+        files.close()
+    return dict(zip(hashes, found, strict=True))
+
+
+@contextmanager
+def working(plan: Plan, how: Settings) -> Iterator[WorkPool]:
+    """Threads, and an execution in force that uses them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # weft's own threads share the ranges; nested ones would only contend
+    kernels = None
+    if how.kernels and plan.device.type == "cpu" and plan.bytes_read >= _worth_compiling():
+        from weft.engine.kernels import Kernels
+
+        kernels = Kernels()
+    try:
+        with WorkPool(plan.threads) as pool:
+            execution = Execution(
+                chunk=plan.chunk,
+                device=plan.device,
+                map=pool.map,
+                kernels=kernels,
+                surveyed=lambda n: how.on_event({"event": "read", "bytes": n}),
+            )
+            with executing(execution):
+                yield pool
+    finally:
+        torch.set_num_threads(before)
+
+
+def _worth_compiling() -> int:
+    """Bytes from which compiled kernels repay loading the compiler (about a second)."""
+    return int(os.environ.get("WEFT_KERNELS_FROM", 256 << 20))
+
+
+class Writing:
+    """Computes tensors range by range within the memory budget and writes each range in its place."""
+
+    def __init__(self, plan: Plan, files: PlacedFiles, on_event: Callable[[Event], None]) -> None:
+        self.plan, self.files, self.on_event = plan, files, on_event
+        self.budget = Budget(plan.memory)
+
+    def tensor(self, name: str, pool: WorkPool) -> None:
+        """One tensor; its ranges are shared with threads that have nothing else to do."""
+        plan, info = self.plan, self.plan.tensors[name]
+        began = time.monotonic()
+        cut = plan.ranges(name)
+        longest = max((b - a for a, b in cut), default=0)
+        with self.budget.holding(plan.cost(name, longest)):
+            plan.checkpoint.ready(name)
+            plan.checkpoint.prefetch(name)
+
+        def one(piece: tuple[int, int]) -> None:
+            start, stop = piece
+            with self.budget.holding(plan.cost(name, stop - start)):
+                values = plan.checkpoint.read(name, start, stop, dtype=info.dtype)
+                self.files.write(name, start, values)
+
+        pool.map(one, cut)
+        self.on_event(
+            {
+                "event": "tensor",
+                "name": name,
+                "read": plan.checkpoint.bytes_read(name),
+                "written": info.nbytes,
+                "seconds": round(time.monotonic() - began, 4),
+            }
+        )
+
+
+def _input_records(plan: Plan, digests: bool, pool: WorkPool) -> list[dict[str, Any]]:
+    files = plan.checkpoint.files
+    found = pool.map(lambda f: f.digest() if digests and f.digest else None, list(files))
+    return [{"path": f.path, "size": f.size, "sha256": sha} for f, sha in zip(files, found, strict=True)]
+
+
+def _write_companions(
+    folder: Path,
+    out: Path,
+    plan: Plan,
+    config: Mapping[str, Any] | None,
+    record: Mapping[str, Any],
+    recipe_text: str | None,
+) -> None:
+    text = (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
+    if out.suffix == ".safetensors":
+        write_whole(folder / f"{out.stem}.weft.json", text)
+        return
+    write_config(folder, config)
+    write_assets(folder, plan.checkpoint)
+    write_index(folder, plan)
+    write_whole(folder / MANIFEST, text)
+    if recipe_text:
+        write_whole(folder / "weft-recipe.yml", recipe_text.encode())
+    write_whole(folder / "README.md", model_card(plan, recipe_text).encode())

@@ -1,0 +1,183 @@
+"""Writing safetensors in place: the header first, the values into their places from any thread in any order.
+
+The layout of every file follows from names, shapes and dtypes alone, so a file is created at its full size,
+and each range of values is written where it belongs. The header's keys have a fixed order, so the same
+contents are the same bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from weft.checkpoints.base import TensorInfo
+from weft.checkpoints.dtypes import SAFETENSORS_NAMES
+from weft.errors import DataError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: the file, and the offset of its first byte in it."""
+
+    file: str
+    offset: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All files of an output: their headers, sizes, and the place of every tensor."""
+
+    headers: dict[str, bytes]
+    sizes: dict[str, int]
+    places: dict[str, Place]
+
+    @property
+    def total(self) -> int:
+        return sum(self.sizes.values())
+
+
+def lay_out(
+    tensors: Mapping[str, TensorInfo],
+    shard_bytes: int,
+    metadata: Mapping[str, str],
+    stem: str = "model",
+) -> Layout:
+    """Distribute tensors over files of at most `shard_bytes` (one larger tensor gets a file of its own)."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, info in tensors.items():
+        if shards[-1] and filled + info.nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += info.nbytes
+    headers, sizes, places = {}, {}, {}
+    for i, names in enumerate(shards, 1):
+        many = len(shards) > 1
+        file = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" if many else f"{stem}.safetensors"
+        header, offsets, end = _header({n: tensors[n] for n in names}, metadata)
+        headers[file], sizes[file] = header, len(header) + end
+        places |= {n: Place(file, len(header) + o) for n, o in offsets.items()}
+    return Layout(headers, sizes, places)
+
+
+def _header(
+    tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int], int]:
+    """(length prefix and JSON header, offset of each tensor behind it, bytes of all tensors)."""
+    # widest dtypes first keeps every tensor aligned without holes, which the format forbids
+    order = sorted(tensors, key=lambda n: -tensors[n].dtype.itemsize)
+    entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    offsets, end = {}, 0
+    for name in order:
+        info = tensors[name]
+        offsets[name] = end
+        entries[name] = {
+            "dtype": SAFETENSORS_NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [end, end + info.nbytes],
+        }
+        end += info.nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, offsets, end
+
+
+def raw_bytes(values: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, little-endian, without a copy."""
+    flat = values.detach().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy()).cast("B")
+
+
+class PlacedFiles:
+    """The open files of a layout under a folder, created at full size (or found so by a resumed run)."""
+
+    def __init__(self, folder: Path, layout: Layout, files: Sequence[str] | None = None) -> None:
+        self.folder, self.layout = folder, layout
+        self._fds: dict[str, int] = {}
+        for file in files or layout.sizes:
+            self._fds[file] = self._open(file)
+
+    def _open(self, file: str) -> int:
+        path, size = self.folder / file, self.layout.sizes[file]
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        try:
+            if os.fstat(fd).st_size != size:
+                # claims the blocks now, so that a full disk is found before the work and not after
+                _claim(fd, size)
+                write_at(fd, memoryview(self.layout.headers[file]), 0)
+        except OSError as error:
+            os.close(fd)
+            raise disk_error(error, path, size) from None
+        return fd
+
+    def write(self, name: str, start: int, values: Tensor) -> None:
+        """Write elements from flat position `start` on."""
+        place = self.layout.places[name]
+        path = self.folder / place.file
+        try:
+            write_at(self._fds[place.file], raw_bytes(values), place.offset + start * values.dtype.itemsize)
+        except OSError as error:
+            raise disk_error(error, path, self.layout.sizes[place.file]) from None
+
+    def sync(self) -> None:
+        for fd in self._fds.values():
+            os.fsync(fd)
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+
+def _claim(fd: int, size: int) -> None:
+    os.ftruncate(fd, 0)
+    try:
+        os.posix_fallocate(fd, 0, max(size, 1))
+    except AttributeError:
+        os.ftruncate(fd, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        os.ftruncate(fd, size)
+
+
+def write_at(fd: int, data: memoryview, offset: int) -> None:
+    """pwrite all of `data`."""
+    while data:
+        done = os.pwrite(fd, data, offset)
+        data, offset = data[done:], offset + done
+
+
+def disk_error(error: OSError, path: Path, size: int) -> DataError:
+    """What the operating system said, as one sentence with a remedy."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return DataError(
+            f"{path}: no room for {size:,} bytes ({error.strerror}): free some space or choose another folder, "
+            f"then run the same command again to go on from here"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return DataError(
+            f"{path}: cannot be written ({error.strerror}): choose a folder that you may write to"
+        )
+    return DataError(f"{path}: {error.strerror}")
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file so that it is either whole or absent: temporary name, sync, rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise disk_error(error, path, len(data)) from None
