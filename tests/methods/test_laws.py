@@ -40,6 +40,17 @@ def call(m: Method, x, base=None, **params):
     return m(x, base=base, at=AT, **NEEDS.get(m.name, {}), **params)
 
 
+SHAPES = [(), (1,), (7,), (0,), (0, 5), (5, 0), (1, 1), (5, 1), (3, 4, 20), (2, 3, 3, 3)]
+RETURNS_ONE = {
+    "linear",
+    "task_arithmetic",
+    "karcher",
+    "multislerp",
+    "emr",
+    "tall_masks",
+    "passthrough",
+    "sce",
+}
 methods = pytest.mark.parametrize("m", METHODS.values(), ids=list(METHODS))
 
 
@@ -57,8 +68,7 @@ def test_declaration(m):
 
 
 @methods
-@pytest.mark.parametrize("shape", [(), (1,), (7,), (0,), (0, 5), (5, 0), (1, 1), (5, 1), (3, 4, 20), (2, 3, 3, 3)],
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_any_shape(m, shape):
     x = stack_for(m, shape)
     y = call(m, x)
@@ -151,16 +161,7 @@ def test_one_model(m):
             call(m, x[:1])
         return
     y = call(m, x)
-    if m.name in {
-        "linear",
-        "task_arithmetic",
-        "karcher",
-        "multislerp",
-        "emr",
-        "tall_masks",
-        "passthrough",
-        "sce",
-    }:
+    if m.name in RETURNS_ONE:
         torch.testing.assert_close(y, x[0])
     if m.models[1] is not None:
         with pytest.raises(UsageError, match="merges"):

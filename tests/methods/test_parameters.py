@@ -47,8 +47,8 @@ def check(**given):
 
 @pytest.mark.parametrize("given", [
     {"weight": -2}, {"weight": [1, -1.5]}, {"weight": (1, 2)}, {"density": [0, 1.0]}, {"t": 1}, {"t": "1e-5"},
-    {"size": 1e-9}, {"count": 2.0}, {"way": "b"}, {"on": True}, {"alpha": None}, {"alpha": -1}, {"task": None},
-    {"task": 2},
+    {"size": 1e-9}, {"count": 2.0}, {"way": "b"}, {"on": True}, {"alpha": None}, {"alpha": -1},
+    {"task": None}, {"task": 2},
 ])  # fmt: skip
 def test_accepted(given):
     got = check(**given)
@@ -63,10 +63,12 @@ def test_accepted(given):
     ({"zzz": 1}, "no parameter 'zzz'; it has weight, density"),
     ({"density": 1.7}, r"density must be float in \[0, 1\], one a model, not 1.7 \(example\)"),
     ({"density": [0.5, -0.1]}, r"in \[0, 1\], one a model, not -0.1"),
-    ({"t": [0.5]}, "t must be"), ({"t": True}, "t must be"), ({"t": None}, "t must be"), ({"t": "x"}, "t must be"),
+    ({"t": [0.5]}, "t must be"), ({"t": True}, "t must be"), ({"t": None}, "t must be"),
+    ({"t": "x"}, "t must be"),
     ({"t": float("nan")}, "t must be"), ({"weight": float("inf")}, "weight must be"),
     ({"size": 0}, "size must be float > 0, not 0"), ({"count": 1.5}, "count must be int >= 0, not 1.5"),
-    ({"count": -1}, "count must be"), ({"way": "c"}, "way must be 'a' | 'b', not 'c'"), ({"way": 1}, "way must be"),
+    ({"count": -1}, "count must be"), ({"way": "c"}, "way must be 'a' | 'b', not 'c'"),
+    ({"way": 1}, "way must be"),
     ({"on": 1}, "on must be bool, not 1"), ({"alpha": "x"}, "alpha must be"), ({"task": -1}, "task must be"),
 ])  # fmt: skip
 def test_refused(given, words):
@@ -166,5 +168,7 @@ def test_a_users_own_step():
     try:
         x = torch.randn(2, 5)
         assert torch.equal((test_only_sign(size=2.0) | disjoint_mean())(x), disjoint_mean(2 * x.sign()))
+        with pytest.raises(UsageError, match="there are two steps named 'test_only_sign'"):
+            step()(test_only_sign.fn)
     finally:
         del STEPS["test_only_sign"]

@@ -136,10 +136,10 @@ def test_the_same_model_written_differently_is_loaded_once() -> None:
 
 
 def test_circle_made_by_hand() -> None:
-    first, second = read("name: x\nmethod: linear\nmodels: [a]\n---\nname: y\nmethod: linear\nmodels: [x]\n")
-    first.documents["x"] = second
-    with pytest.raises(UsageError, match="merged from itself"):
-        build(second, loader=Library())
+    first, _ = read("name: x\nmethod: linear\nmodels: [y]\n---\nname: y\nmethod: linear\nmodels: [a]\n")
+    first.documents["y"] = first
+    with pytest.raises(UsageError, match="merged from itself: x → x"):
+        build(first, loader=Library())
 
 
 def test_seed() -> None:
@@ -158,7 +158,8 @@ def test_policies() -> None:
 
 
 def test_whole_slices() -> None:
-    text = "merge_method: linear\nslices:\n- sources: [{model: a, layer_range: [0, %d]}, {model: c, layer_range: [0, %d]}]"
+    sources = "[{model: a, layer_range: [0, %d]}, {model: c, layer_range: [0, %d]}]"
+    text = f"merge_method: linear\nslices:\n- sources: {sources}"
     assert values(make(text % (2, 2))) == [2.0] * 4
     with pytest.raises(UsageError, match="layer_range ends at 3, but a has 2 layers"):
         make(text % (3, 3))

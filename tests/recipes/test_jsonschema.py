@@ -56,7 +56,7 @@ def test_published_recipes_are_valid() -> None:
         "{method: linear, models: [a, {model: {path: b, revision: c}}], dtype: bf16, seed: 3}",
         "{method: ties, base: b, models: [{model: {method: linear, models: [c]}}], missing: carry}",
         "{steps: [trim, {elect_sign: null}, {disjoint_mean: {weight: [0, 1]}}], base: b, models: [a]}",
-        "{method: slerp, models: [a, b], parameters: {t: [{kind: mlp, layers: 0-3, value: [0, 1]}, {value: 1}]}}",
+        "{method: slerp, models: [a, b], parameters: {t: [{kind: mlp, layers: 0-3, value: [0]}]}}",
         "{merge_method: dare_ties, base_model: b, models: [a], parameters: {rescale: true, lambda: 1}}",
     ],
 )

@@ -53,7 +53,7 @@ def test_later_ones_win_and_null_takes_away() -> None:
         ("seed[0]=1", "seed is no list"),
         ("base.path.x=1", "base is no mapping"),
         ("[other].seed=1", "no document named 'other'"),
-        ("parameters.density=[1", "line 1"),
+        ("parameters.density=[1", "did not find"),
         ("parameters.density=&a 1", "anchors"),
     ],
 )
@@ -80,6 +80,9 @@ def test_documents() -> None:
 
 
 def test_steps_and_nested() -> None:
-    text = "steps: [{trim: {density: 0.1}}, weighted_sum]\nbase: {model: {path: b}}\nmodels: [{model: {path: m}}]\n"
+    text = (
+        "steps: [{trim: {density: 0.1}}, weighted_sum]\nbase: {model: {path: b}}\n"
+        "models: [{model: {path: m}}]\n"
+    )
     (recipe,) = read(text, ["steps[0].trim.density=0.4", "models[0].model.revision=v2"])
     assert recipe.params(AT)["trim.density"] == 0.4 and str(recipe.models[0]) == "m@v2"

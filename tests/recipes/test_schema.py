@@ -251,6 +251,8 @@ def test_slices() -> None:
 def test_scope_follows_a_varying_density() -> None:
     recipe = one("method: ties\nbase: b\nmodels: [a]\nparameters: {density: [0.1, 0.9]}")
     assert recipe.params(AT)["scope"] == "tensor" and "density varies" in " ".join(recipe.notes)
+    said = only("method: ties\nbase: b\nmodels: [a]\nparameters: {density: [0.1, 0.9], scope: model}")
+    assert "density cannot vary" in said
     recipe = one("method: ties\nbase: b\nmodels: [a]\nparameters: {weight: [0.1, 0.9]}")
     assert recipe.params(AT)["scope"] == "model"
 
@@ -288,6 +290,19 @@ def test_files(tmp_path: Path) -> None:
         read("/dev/zero")
     with pytest.raises(UsageError):
         read("no\0path")
+
+
+def test_data_made_in_python() -> None:
+    data = {"method": "linear", "models": ({"model": Path("a")}, "b"), "parameters": {"weight": 1}}
+    (recipe,) = read(data, ["parameters.weight=2"])
+    assert recipe.models == ("a", "b") and recipe.params(AT)["weight"] == 2
+    assert data["parameters"] == {"weight": 1}
+    circular: dict[str, object] = {"method": "linear"}
+    circular["models"] = [{"model": circular}]
+    with pytest.raises(UsageError, match="nested more than"):
+        read(circular)
+    with pytest.raises(UsageError, match="keys of a recipe are text, not 3"):
+        read({"method": "linear", "parameters": {3: 4}})
 
 
 def test_what_is_right_is_understood_beside_what_is_not() -> None:

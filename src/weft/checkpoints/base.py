@@ -149,6 +149,22 @@ class Checkpoint(ABC):
             return self.info(name).nbytes
         return sum(s.bytes_read(name) for s in self.inputs if name in s)
 
+    def held_bytes(self, name: str) -> int:
+        """Memory that `hold` would take; 0 where a tensor is read once anyway."""
+        return sum(s.held_bytes(name) for s in self.inputs if name in s)
+
+    def hold(self, name: str) -> None:
+        """Keep what is read of a tensor in memory until `release`, since it will be read several times."""
+        for source in self.inputs:
+            if name in source:
+                source.hold(name)
+
+    def release(self, name: str) -> None:
+        """Forget what was held or found out for a tensor; it will not be read again soon."""
+        for source in self.inputs:
+            if name in source:
+                source.release(name)
+
     def working_bytes(self, name: str, count: int) -> int:
         """Memory that reading `count` elements takes at its peak, the result included; an upper bound."""
         itemsize = self.info(name).dtype.itemsize

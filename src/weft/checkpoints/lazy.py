@@ -207,6 +207,15 @@ class Renamed(Derived):
     def working_bytes(self, name: str, count: int) -> int:
         return self.first.working_bytes(self._old[name], count)
 
+    def held_bytes(self, name: str) -> int:
+        return self.first.held_bytes(self._old[name])
+
+    def hold(self, name: str) -> None:
+        self.first.hold(self._old[name])
+
+    def release(self, name: str) -> None:
+        self.first.release(self._old[name])
+
     def identity(self) -> str | None:
         inner = super().identity()
         return inner and f"{self._old}{inner}"

@@ -77,9 +77,11 @@ class Merge(Checkpoint):
             method.pipeline(**fixed)  # says at once what no tensor could accept
             self._params = lambda at: fixed
         self._parts = _parts(self)
+        self._tensors = {n: p.info for n, p in self._parts.items()}
         self._layers = count_layers(self._parts)
         self._pipelines: dict[str, Pipeline] = {}
         self._found: dict[tuple[str, int], Found] = {}
+        self._held: dict[str, list[Tensor | None]] = {}
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -93,7 +95,7 @@ class Merge(Checkpoint):
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        return {n: p.info for n, p in self._parts.items()}
+        return self._tensors
 
     @property
     def inputs(self) -> tuple[Checkpoint, ...]:
@@ -163,6 +165,34 @@ class Merge(Checkpoint):
         passes = 1 + sum(b.step.stat.rounds() for b in self.pipeline(name).steps if b.step.stat)
         return passes * sum(s.bytes_read(_stored(s, name)) for s in self._sources(name))
 
+    def held_bytes(self, name: str) -> int:
+        part = self.part(name)
+        if part.carried_from is not None:
+            return 0
+        inner = sum(s.held_bytes(_stored(s, name)) for s in self._sources(name))
+        passes = any(b.step.stat and b.scope == "tensor" for b in self.pipeline(name).steps)
+        return inner + passes * sum(
+            part.info.numel * (8 if s.inputs else s.info(_stored(s, name)).dtype.itemsize)
+            for s in self._sources(name)
+        )
+
+    def hold(self, name: str) -> None:
+        part = self.part(name)
+        if part.carried_from is not None:
+            return
+        super().hold(name)
+        if any(b.step.stat and b.scope == "tensor" for b in self.pipeline(name).steps):
+            readers = self.readers(name)
+            self._held[name] = execution().map(
+                lambda s: None if s is None else s.read(_stored(s, name)), readers
+            )
+
+    def release(self, name: str) -> None:
+        self._held.pop(name, None)
+        for j in range(len(self.pipeline(name).steps) if self.part(name).carried_from is None else 0):
+            self._found.pop((name, j), None)
+        super().release(name)
+
     def working_bytes(self, name: str, count: int) -> int:
         part = self.part(name)
         if part.carried_from is not None:
@@ -206,9 +236,13 @@ class Merge(Checkpoint):
 
     def values(self, name: str, start: int, stop: int) -> tuple[list[Tensor], Tensor | None]:
         """The range of every model that takes part, and of the base, as they are stored."""
-        *models, base = (
-            None if s is None else s.read(_stored(s, name), start, stop) for s in self.readers(name)
-        )
+        held = self._held.get(name)
+        if held is not None:
+            *models, base = (None if v is None else v[start:stop] for v in held)
+        else:
+            *models, base = (
+                None if s is None else s.read(_stored(s, name), start, stop) for s in self.readers(name)
+            )
         return [m for m in models if m is not None], base
 
     def readers(self, name: str) -> list[Checkpoint | None]:
@@ -339,6 +373,8 @@ class Merge(Checkpoint):
             return stat.partial(x, memo, bound.params, at)
 
         for _ in range(stat.rounds()):
+            if memo is not None and stat.finished(memo):
+                break
             part = _fold(how.map, summarise, cut, stat.join, stat.needs_order)
             memo = stat.combine(part, memo, bound.params, numel)
             how.surveyed(sum((b - a) * self._stored_width(n) for n, a, b in cut))

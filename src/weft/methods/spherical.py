@@ -120,7 +120,7 @@ def turn(x: Tensor, *, gram: Tensor, t: float = 0.5, linear_above: Fraction = 1.
 @step(grain="row", reduces=True)
 def turn_rows(x: Tensor, *, t: float = 0.5, linear_above: Fraction = 1.0) -> Tensor:
     """`turn`, every row by its own angle. x: [2, rows, n] → [rows, n]."""
-    return combination(x, slerp_coefficients(gram_of(x), t, linear_above))
+    return combination(x, slerp_coefficients(gram_of(x).cpu(), t, linear_above))
 
 
 @step(stat=Gram(), reduces=True)
@@ -136,7 +136,7 @@ def mean_direction_rows(
     x: Tensor, *, weight: Weight = 1.0, max_iter: Count = 100, tol: NonNegative = 1e-9
 ) -> Tensor:
     """`mean_direction` of every row by itself. x: [k, rows, n] → [rows, n]."""
-    return combination(x, mean_coefficients(gram_of(x), weight, max_iter, tol))
+    return combination(x, mean_coefficients(gram_of(x).cpu(), weight, max_iter, tol))
 
 
 def _mean(weight: Weight, max_iter: int, tol: float, row_wise: bool) -> Pipeline:

@@ -3,7 +3,8 @@
 A statistic sees a stack `[k, n]` a range at a time. `partial` summarises a range, `join` puts summaries
 together, `combine` closes a round, and after the last round `result` gives the keywords a step asked for.
 Results don't depend on how the tensor was cut: counts are integers, and floating sums are kept per tile of
-`TILE` elements (ranges begin at multiples of it) and added in the order of the tiles.
+`TILE` elements (ranges begin at multiples of it) and added in a fixed order. Results live on the CPU, so that
+what is computed from them (angles, weights) is the same for every device.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -47,6 +49,10 @@ class Stat(ABC):
     def combine(self, part: Any, memo: Any, params: Mapping[str, Any], numel: int) -> Any:
         """Close a round over `numel` elements: the memo for the next round, or for `result`."""
 
+    def finished(self, memo: Any) -> bool:
+        """True when no further round is needed, though `rounds` allows one."""
+        return False
+
     @abstractmethod
     def result(self, memo: Any, params: Mapping[str, Any]) -> dict[str, Any]:
         """The keywords for the step."""
@@ -56,6 +62,8 @@ class Stat(ABC):
         flat = x.reshape(x.shape[0], -1)
         memo = None
         for _ in range(self.rounds()):
+            if memo is not None and self.finished(memo):
+                break
             memo = self.combine(self.partial(flat, memo, params, at), memo, params, flat.shape[1])
         return self.result(memo, params)
 
@@ -116,7 +124,7 @@ class Gram(Stat):
 
     def combine(self, part: Tensor, memo: Any, params: Mapping[str, Any], numel: int) -> Tensor:
         k = math.isqrt(2 * part.shape[1])
-        return symmetric(fold(part.T), k)
+        return symmetric(fold(part.T), k).cpu()
 
     def result(self, memo: Tensor, params: Mapping[str, Any]) -> dict[str, Any]:
         return {"gram": memo}
@@ -146,7 +154,7 @@ class Sums(Stat):
         return torch.cat(list(parts))
 
     def combine(self, part: Tensor, memo: Any, params: Mapping[str, Any], numel: int) -> Tensor:
-        return fold(part.T)
+        return fold(part.T).cpu()
 
     def result(self, memo: Tensor, params: Mapping[str, Any]) -> dict[str, Any]:
         return {self.provides[0]: memo}
@@ -154,6 +162,44 @@ class Sums(Stat):
 
 Ranks = Callable[[Mapping[str, Any], int, int], Sequence[Sequence[int]]]
 Value = Callable[[Tensor, Mapping[str, Any], "At"], Tensor]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Counts `[k, 1, 2**15]` of upper halves, and the keys whose lower half is not zero, per model.
+
+    Differences of 16-bit weights are short numbers: few keys have a lower half, and keeping those makes the
+    second pass unnecessary. `rest` is None when they were too many to keep.
+    """
+
+    LIMIT: ClassVar[int] = 1 << 21
+
+    counts: Tensor
+    rest: tuple[tuple[Tensor, ...], ...] | None
+
+    @staticmethod
+    def join(parts: Sequence[Counted]) -> Counted:
+        counts = torch.stack([p.counts for p in parts]).sum(0)
+        kept = [p.rest for p in parts if p.rest is not None]
+        if len(kept) < len(parts):
+            return Counted(counts, None)
+        rest = tuple(sum(rows, ()) for rows in zip(*kept, strict=True))
+        few = all(sum(piece.numel() for piece in row) <= Counted.LIMIT for row in rest)
+        return Counted(counts, rest if few else None)
+
+    def lower_counts(self, prefix: Tensor) -> Tensor | None:
+        """Counts `[k, q, 2**16]` of lower halves below each prefix `[k, q]`; None where they were not kept."""
+        if self.rest is None:
+            return None
+        digits = 1 << Select.DIGIT
+        found = torch.zeros((*prefix.shape, digits), dtype=torch.int64)
+        for i, pieces in enumerate(self.rest):
+            row = torch.cat([torch.zeros(0, dtype=torch.int64), *(p.long() for p in pieces)])
+            for q, p in enumerate(prefix[i].tolist()):
+                inside = row[(row >> 16) == p] & (digits - 1)
+                found[i, q] = torch.bincount(inside, minlength=digits)
+                found[i, q, 0] = self.counts[i, 0, p] - inside.numel()
+        return found
 
 
 class Select(Stat):
@@ -178,11 +224,13 @@ class Select(Stat):
         return 2
 
     def partial(self, x: Tensor, memo: Any, params: Mapping[str, Any], at: At) -> Tensor:
-        """Counts `[k, q, 2**16]` of the upper half of the keys, then of the lower half below a prefix."""
+        """Counts `[k, q, digits]` of the upper half of the keys, then of the lower half below a prefix."""
         keys = self._magnitude(x, params, at).view(torch.int32).long()  # [k, n]
         digits = 1 << self.DIGIT
         if memo is None:
-            return torch.stack([torch.bincount(r >> self.DIGIT, minlength=digits) for r in keys])[:, None]
+            # magnitudes have no sign bit: the upper half is a digit of 15 bits
+            counts = [torch.bincount(row >> self.DIGIT, minlength=digits // 2) for row in keys]
+            return torch.stack(counts)[:, None]
         prefix = memo["prefix"]  # [k, q]
         counts = []
         for row, wanted in zip(keys, prefix.tolist(), strict=True):
@@ -190,21 +238,34 @@ class Select(Stat):
             counts += [torch.bincount(row[upper == p] & (digits - 1), minlength=digits) for p in wanted]
         return torch.stack(counts).reshape(*prefix.shape, digits)
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        return torch.stack(list(parts)).sum(0)
+    def join(self, parts: Sequence[Tensor | Counted]) -> Tensor | Counted:
+        if any(isinstance(p, Tensor) for p in parts):
+            return torch.stack([p if isinstance(p, Tensor) else p.counts for p in parts]).sum(0)
+        return Counted.join([p for p in parts if isinstance(p, Counted)])
 
-    def combine(self, part: Tensor, memo: Any, params: Mapping[str, Any], numel: int) -> Any:
+    def finished(self, memo: Any) -> bool:
+        return memo["round"] == 2
+
+    def combine(self, part: Tensor | Counted, memo: Any, params: Mapping[str, Any], numel: int) -> Any:
+        if isinstance(part, Counted):
+            memo = self._next_digit(part.counts, memo, params, numel)
+            lower = part.lower_counts(memo["prefix"])
+            return memo if lower is None else self._next_digit(lower, memo, params, numel)
+        return self._next_digit(part, memo, params, numel)
+
+    def _next_digit(self, part: Tensor, memo: Any, params: Mapping[str, Any], numel: int) -> Any:
         k, part = part.shape[0], part.cpu()
         if memo is None:
             wanted = torch.tensor([list(r) for r in self.ranks(params, k, numel)], dtype=torch.int64)
             memo = {"wanted": wanted, "rank": wanted.clamp(1, max(numel, 1)), "numel": numel,
-                    "prefix": torch.zeros_like(wanted)}  # fmt: skip
+                    "prefix": torch.zeros_like(wanted), "round": 0}  # fmt: skip
             part = part.expand(k, wanted.shape[1], -1)
         above = part.flip(-1).cumsum(-1)  # [k, q, digits], from the largest digit down
         where = torch.searchsorted(above, memo["rank"][..., None]).clamp(max=part.shape[-1] - 1)
         before = torch.where(where > 0, above.gather(-1, (where - 1).clamp(min=0)), 0)
         digit = (part.shape[-1] - 1 - where)[..., 0]
         return memo | {
+            "round": memo["round"] + 1,
             "rank": memo["rank"] - before[..., 0],
             "prefix": (memo["prefix"] << self.DIGIT) | digit,
         }
@@ -251,9 +312,12 @@ class Chain(Stat):
         number, had, inner, found = self._state(memo)
         stat, known = self.stats[number], {**params, **found}
         inner = stat.combine(part[1], inner, known, numel)
-        if had + 1 < stat.rounds():
+        if had + 1 < stat.rounds() and not stat.finished(inner):
             return number, had + 1, inner, found
         return number + 1, 0, None, {**found, **stat.result(inner, known)}
+
+    def finished(self, memo: Any) -> bool:
+        return bool(memo[0] == len(self.stats))
 
     def result(self, memo: Any, params: Mapping[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = memo[3]

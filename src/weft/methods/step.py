@@ -140,7 +140,10 @@ def step(
     """
 
     def declare(fn: Callable[..., Tensor]) -> Step:
-        return STEPS.setdefault(fn.__name__, Step(fn, grain=grain, stat=stat, reduces=reduces))
+        if fn.__name__ in STEPS:
+            raise UsageError(f"there are two steps named {fn.__name__!r}")
+        STEPS[fn.__name__] = Step(fn, grain=grain, stat=stat, reduces=reduces)
+        return STEPS[fn.__name__]
 
     return declare
 

@@ -52,7 +52,7 @@ def shrink_mean(x: Tensor, *, gram: Tensor, clamp: bool = True, scope: Scope = "
 @step(grain="row", reduces=True)
 def shrink_mean_rows(x: Tensor, *, clamp: bool = True) -> Tensor:
     """`shrink_mean`, each row by its own angle. x: [k, rows, n] → [rows, n]."""
-    return _shrink(x, gram_of(x), clamp)
+    return _shrink(x, gram_of(x).cpu(), clamp)
 
 
 @method(

@@ -77,11 +77,8 @@ def _parameters(name: str, definitions: Json) -> Json:
     method, spelling = mergekit.find(name)
     known = mergekit.parameter_names(method, spelling)
     every = {key: setting(method.params[own], definitions) for key, own in known.items()}
-    ignored = {
-        key: {"$ref": _to("ignored")}
-        for key in sorted(_passed_over(spelling) if name in SPELLINGS else mergekit.NO_EFFECT)
-        if key not in every
-    }
+    passed_over = sorted(_passed_over(spelling) if name in SPELLINGS else mergekit.NO_EFFECT)
+    ignored = {key: {"$ref": _to("ignored")} for key in passed_over}
     own = {key: value for key, value in every.items() if method.params[known[key]].per_model}
     return {
         f"parameters of {name}": _closed({**ignored, **every}, method.summary),

@@ -27,6 +27,9 @@ _ANY = frozenset({"parameters", "tokens"})
 """Mappings below which any key may be new; what it means is checked when the recipe is."""
 
 
+_MODELS = frozenset({"model", "lora", "base", "base_model"})
+
+
 def override(documents: list[Document], sets: Sequence[str]) -> None:
     """Apply `key=value` texts to the documents, in order. Raises UsageError at the first that cannot be."""
     for text in sets:
@@ -89,7 +92,7 @@ def _put(document: Document, path: Path, value: Any, text: str) -> None:
             if not isinstance(here, dict):
                 raise UsageError(f"--set {text!r}: {where} is no mapping")
             if part not in here and not _ANY.intersection(done):
-                known = [*here, *_known(done)]
+                known = [*here, *_known(done, here)]
                 if part not in known:
                     hint = did_you_mean(part, known) or f"; it may have {', '.join(dict.fromkeys(known))}"
                     raise UsageError(f"--set {text!r}: {where} has no {part!r}{hint}")
@@ -102,14 +105,14 @@ def _put(document: Document, path: Path, value: Any, text: str) -> None:
     _forget(document, path)
 
 
-def _known(done: Path) -> tuple[str, ...]:
+def _known(done: Path, here: Any) -> tuple[str, ...]:
     """The keys a mapping at this place may have."""
     if not done:
         return schema.TOP
     if isinstance(done[-1], int) or done[-1] in ("tokenizer",):
         keys = schema.keys_at((*done, "<tokenizer>") if done[-1] == "tokenizer" else done)
         return () if "steps" in done else keys
-    return schema.TOP if done[-1] in ("model", "base", "base_model") else ()
+    return schema.keys_at((*done, schema.model_form(here) or "")) if done[-1] in _MODELS else ()
 
 
 def _forget(document: Document, path: Path) -> None:

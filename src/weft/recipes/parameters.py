@@ -183,7 +183,7 @@ def _one_scope(method: Method, params: Schedules, given: set[str], found: Findin
     MergeKit's recipes vary TIES' density over the layers, which the paper's trim over all layers cannot.
     """
     scope = method.params.get("scope")
-    if scope is None or "scope" in given or scope.default != "model":
+    if scope is None or "scope" not in params.by_name:
         return params
     try:
         steps = method.pipeline(**{n: sample(s) for n, s in params.by_name.items()}).steps
@@ -192,6 +192,10 @@ def _one_scope(method: Method, params: Schedules, given: set[str], found: Findin
     wanted = {n for b in steps if b.step.stat is not None and b.scope == "model" for n in b.params}
     varying = [n for n in wanted & params.by_name.keys() if not all(s.constant for s in params.each(n))]
     if not varying:
+        return params
+    if "scope" in given:
+        said = f"with scope 'model' {' and '.join(sorted(varying))} cannot vary over the tensors"
+        found.problem(("parameters", "scope"), f"{said}; write scope: tensor")
         return params
     found.note(("parameters",), f"scope is 'tensor', because {' and '.join(sorted(varying))} varies over the "
                                 f"tensors and scope 'model' has one for all")  # fmt: skip

@@ -14,7 +14,7 @@ from weft.recipes.findings import Findings, raise_problems
 from weft.recipes.overrides import override
 from weft.recipes.recipe import Named, Recipe, walk
 from weft.recipes.resolve import Around, resolve
-from weft.recipes.yaml import MAX_BYTES, Document, parse
+from weft.recipes.yaml import MAX_BYTES, MAX_DEPTH, Document, parse
 
 Readable = str | bytes | FilePath | Mapping[str, Any]
 """A path, the text itself (a string of several lines), or a recipe as data."""
@@ -69,13 +69,27 @@ def understand(source: Readable, set: Sequence[str] = ()) -> Reading:
 
 def _documents(source: Readable) -> tuple[str, list[Document]]:
     if isinstance(source, Mapping):
-        return "recipe", [Document(dict(source))]
+        return "recipe", [Document(_plain(source))]
     if isinstance(source, bytes):
         return "recipe", parse(source)
     if isinstance(source, str) and ("\n" in source or source.lstrip().startswith("{")):
         return "recipe", parse(source)
     path = FilePath(source)
     return str(path), parse(_bytes(path), str(path))
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """A copy of data made in Python, as YAML would have given it."""
+    if depth > MAX_DEPTH:  # or it contains itself
+        raise UsageError(f"the recipe is nested more than {MAX_DEPTH} deep")
+    if isinstance(value, Mapping):
+        odd = next((key for key in value if not isinstance(key, str)), None)
+        if odd is not None:
+            raise UsageError(f"the keys of a recipe are text, not {odd!r}")
+        return {key: _plain(inner, depth + 1) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner, depth + 1) for inner in value]
+    return str(value) if isinstance(value, FilePath) else value
 
 
 def _bytes(path: FilePath) -> bytes:

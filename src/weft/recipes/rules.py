@@ -26,6 +26,7 @@ from weft.recipes.yaml import Path
 
 KEYS = ("filter", "pattern", "layers", "block", "kind", "stack", "value")
 MAX_PATTERN = 500
+MAX_REPEATS = 5
 _RANGE = re.compile(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?")
 
 Report = Callable[[Path, str], None]
@@ -118,7 +119,10 @@ def _pattern_problem(pattern: str) -> str | None:
         return f"is longer than {MAX_PATTERN} characters"
     if _is_regex(pattern) and _repeats_nest(pattern[1:-1]):
         # (a+)+ takes time exponential in the length of a name, and names come with the checkpoint
-        return "repeats a group that repeats; write the expression without nesting * + {} in ()* or ()+"
+        return (
+            f"repeats a group that varies, refers back, or has more than {MAX_REPEATS} repeats; "
+            "write it without ()* or ()+ around * + ? | {}"
+        )
     try:
         compiled(pattern)
     except (re.error, OverflowError, RecursionError) as error:
@@ -127,10 +131,11 @@ def _pattern_problem(pattern: str) -> str | None:
 
 
 def _repeats_nest(regex: str) -> bool:
-    """True where a group that is repeated holds a repeat, or the expression refers back to a group."""
+    """True where matching could take very long: see the message."""
     plain = re.sub(r"\[\^?\]?(?:\\.|[^\]\\])*\]", "c", re.sub(r"\\[^\d]", "e", regex))
-    if re.search(r"\\\d|\(\?P=", plain):
+    if re.search(r"\\\d|\(\?P=", plain) or len(re.findall(r"[*+{]", plain)) > MAX_REPEATS:
         return True
+    plain = re.sub(r"\(\?(?::|P<\w+>|<?[=!])", "(", plain)
     inside = [False]
     for i, ch in enumerate(plain):
         if ch == "(":
@@ -140,7 +145,7 @@ def _repeats_nest(regex: str) -> bool:
             if repeats and plain[i + 1 : i + 2] in ("*", "+", "{"):
                 return True
             inside[-1] = inside[-1] or repeats
-        elif ch in "*+{":
+        elif ch in "*+{?|":
             inside[-1] = True
     return False
 

@@ -55,7 +55,8 @@ class ModelRef(Strict):
 RECIPE_KEYS = {"merge_method", "method", "steps", "models", "slices", "modules"}
 
 
-def _model_form(value: Any) -> str | None:
+def model_form(value: Any) -> str | None:
+    """Which of the ways to name a model a value is, as the tag of its branch."""
     if isinstance(value, str):
         return "<text>"
     if isinstance(value, PathRef | ModelRef | Recipe):
@@ -73,7 +74,7 @@ Model = Annotated[
     | Annotated[ModelRef, Tag("<ref>")]
     | Annotated["Recipe", Tag("<recipe>")],
     Discriminator(
-        _model_form,
+        model_form,
         custom_error_type="model",
         custom_error_message="must be a path, Hub id, URL, the name of another document, "
         "{path, revision}, or a recipe of its own",

@@ -35,6 +35,8 @@ class Body:
         return len(self.values)
 
     def number(self, value: float) -> str:
+        if value == 1.0:
+            return "1.0"  # the compiler drops a multiplication by one; the result is the same number
         self.floats.append(float(value))
         return f"p{len(self.floats) - 1}"
 
@@ -105,19 +107,16 @@ def band(body: Body, params: Mapping[str, Any], found: Mapping[str, Any], at: At
 def elect_sign(body: Body, params: Mapping[str, Any], found: Mapping[str, Any], at: At) -> None:
     w = per_model(params["weight"], body.k)
     weighted = [body.let(f"{v} * {body.number(c)}") for v, c in zip(body.values, w, strict=True)]
-    signs = [body.let(f"(1.0 if {t} > 0.0 else 0.0) - (1.0 if {t} < 0.0 else 0.0)") for t in weighted]
-    votes = body.let(" + ".join(weighted if params["elect"] == "mass" else signs))
-    if params["tie"] == "none":
-        sign = body.let(f"(1.0 if {votes} > 0.0 else 0.0) - (1.0 if {votes} < 0.0 else 0.0)")
-        body.values = [
-            body.let(f"{v} if ({s} == {sign}) & ({sign} != 0.0) else 0.0")
-            for v, s in zip(body.values, signs, strict=True)
-        ]
-    else:
-        sign = body.let(f"1.0 if {votes} >= 0.0 else -1.0")
-        body.values = [
-            body.let(f"{v} if {s} == {sign} else 0.0") for v, s in zip(body.values, signs, strict=True)
-        ]
+    votes = weighted
+    if params["elect"] == "count":
+        votes = [body.let(f"(1.0 if {t} > 0.0 else 0.0) - (1.0 if {t} < 0.0 else 0.0)") for t in weighted]
+    total = body.let(" + ".join(votes))
+    plus = body.let(f"{total} >= 0.0" if params["tie"] == "plus" else f"{total} > 0.0")
+    minus = body.let(f"{total} < 0.0")
+    body.values = [
+        body.let(f"{v} if (({t} > 0.0) & {plus}) | (({t} < 0.0) & {minus}) else 0.0")
+        for v, t in zip(body.values, weighted, strict=True)
+    ]
 
 
 @emits("disjoint_mean")

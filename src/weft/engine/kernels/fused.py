@@ -17,7 +17,7 @@ from weft.engine.kernels.emit import EMITTERS
 from weft.engine.kernels.generate import Source, compiled
 from weft.methods.params import per_model
 from weft.methods.random import stream_key
-from weft.methods.stats import Gram, Select
+from weft.methods.stats import Counted, Gram, Select
 from weft.methods.step import At, Bound, row_length
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Kernels:
             _emit(source, node, name, i, bound, at)
         if type(stat) is Gram:
             return _gram(source, inputs, base, at)
-        return _counts(source, inputs, base, at, memo)
+        return _counts(source, inputs, base, at, memo, keep=steps[j if lead == j else 0].scope == "tensor")
 
     def _inputs(self, node: Merge, name: str, start: int, stop: int) -> tuple[list[Tensor], Tensor | None]:
         inputs, base = node.values(name, start, stop)
@@ -219,21 +219,36 @@ def _gram(source: Source, inputs: Sequence[Tensor], base: Tensor | None, at: At)
     return torch.from_numpy(out)
 
 
-def _counts(source: Source, inputs: Sequence[Tensor], base: Tensor | None, at: At, memo: Any) -> Tensor:
-    """Select.partial: counts [k, q, 2**16]."""
+def _counts(
+    source: Source, inputs: Sequence[Tensor], base: Tensor | None, at: At, memo: Any, keep: bool
+) -> Tensor | Counted:
+    """Select.partial: counts [k, q, digits], with the keys that make a second pass unnecessary if `keep`."""
     values = source.body.values
-    k = len(values)
+    k, n = len(values), inputs[0].numel()
     keys = [f"keys[{i}, j] = np.float32(abs({v})).view(np.uint32)" for i, v in enumerate(values)]
+    loads = None
+    if not source.body.lines and all(
+        x.dtype in (torch.bfloat16, torch.float32, torch.float16) for x in inputs
+    ):
+        # nothing was done to the difference yet
+        minus = f" - {source.short[k]}" if base is not None else ""
+        loads = [f"f{i} = np.float32({source.short[i]}{minus})" for i in range(k)]
+        keys = [f"keys[{i}, j] = np.float32(abs(f{i})).view(np.uint32)" for i in range(k)]
     before = f"keys = np.empty(({k}, BLOCK), np.uint32)"
     if memo is None:
-        out = np.zeros((k, 1, 1 << 16), np.int64)
-        spill = np.empty((k, 0), np.uint32)
+        out = np.zeros((k, 2, 1 << 15), np.int32)  # a range is shorter than 2**31
+        rest = np.empty((k, (n // 8 if keep else 0) + 1), np.uint32)
+        kept = np.zeros(k, np.int64)
         text = source.finish(
-            ["out", "spill"], before, keys,
-            "\n".join(f"count_upper(keys[{i}], m, out[{i}, 0], spill[{i}], 0)" for i in range(k)),
+            ["out", "rest", "kept"], before, keys,
+            "\n".join(f"kept[{i}] = count_upper(keys[{i}], m, out[{i}], rest[{i}], kept[{i}])" for i in range(k)),
+            loads,
         )  # fmt: skip
-        _call(source, text, inputs, base, at, out, spill)
-        return torch.from_numpy(out)
+        _call(source, text, inputs, base, at, out, rest, kept)
+        counts = torch.from_numpy(out[:, :1].astype(np.int64) + out[:, 1:])
+        if not keep or kept.max() >= rest.shape[1]:
+            return counts
+        return Counted(counts, tuple((torch.from_numpy(rest[i, : kept[i]].copy()),) for i in range(k)))
     prefix = memo["prefix"].numpy().astype(np.uint32)  # [k, q]
     q = prefix.shape[1]
     out = np.zeros((k, q, 1 << 16), np.int64)
@@ -242,6 +257,7 @@ def _counts(source: Source, inputs: Sequence[Tensor], base: Tensor | None, at: A
         "\n".join(
             f"count_lower(keys[{i}], m, prefix[{i}, {c}], out[{i}, {c}])" for i in range(k) for c in range(q)
         ),
+        loads,
     )  # fmt: skip
     _call(source, text, inputs, base, at, prefix, out)
     return torch.from_numpy(out)

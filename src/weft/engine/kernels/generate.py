@@ -29,7 +29,8 @@ _HEAD = """\
 import numpy as np
 from numba import njit
 from weft.engine.kernels.primitives import (
-    BLOCK, bits, count_lower, count_upper, dot, from_bf16, magnitude, store_bf16, store_float, u32,
+    BLOCK, bits, count_lower, count_upper, dot, from_bf16, magnitude, short_bf16, store_bf16,
+    store_float, u32,
 )
 
 
@@ -52,9 +53,18 @@ class Source:
         subtract = " - base" if base is not None else ""
         self.loads += [f"d{i} = {_load(f'x{i}', is_raw)}{subtract}" for i, is_raw in enumerate(raw)]
         self.body = Body([f"d{i}" for i in range(len(raw))])
+        # in float32, where the inputs have no more: their difference rounds as the float64 one would
+        self.short = [_load(a, r).replace("from_bf16", "short_bf16").replace("np.float64", "np.float32")
+                      for a, r in zip(self.arguments, [*raw, base or False], strict=False)]  # fmt: skip
 
-    def finish(self, extra: Sequence[str], before: str, per_value: Sequence[str], after: str) -> str:
-        """The source text: `before` the loop, `per_value` lines after the body, `after` each block."""
+    def finish(
+        self, extra: Sequence[str], before: str, per_value: Sequence[str], after: str,
+        loads: Sequence[str] | None = None,
+    ) -> str:  # fmt: skip
+        """The source text: `before` the loop, `per_value` lines after the body, `after` each block.
+
+        `loads` replaces the loading lines and the body.
+        """
         body = self.body
         hoisted = [f"p{i} = p[{i}]" for i in range(len(body.floats))]
         hoisted += [f"q{i} = q[{i}]" for i in range(len(body.words))]
@@ -67,7 +77,8 @@ class Source:
         text = head + _indent(before, 4)
         text += "    for s in range(0, n, BLOCK):\n        m = min(BLOCK, n - s)\n"
         text += "        for j in range(m):\n            i = s + j\n"
-        text += _indent("\n".join([*self.loads, *body.lines, *per_value]), 12)
+        lines = [*self.loads, *body.lines, *per_value] if loads is None else [*loads, *per_value]
+        text += _indent("\n".join(lines), 12)
         return text + _indent(after, 8)
 
 

@@ -24,6 +24,12 @@ def from_bf16(x: Any) -> Any:
 
 
 @njit(inline="always", **OPTIONS)
+def short_bf16(x: Any) -> Any:
+    """Raw bfloat16 → float32."""
+    return u32(u32(x) << u32(16)).view(np.float32)
+
+
+@njit(inline="always", **OPTIONS)
 def magnitude(x: Any) -> Any:
     """|x| as magnitudes are compared (float32)."""
     return np.float32(abs(x))
@@ -97,19 +103,25 @@ def nonfinite_float(x: Any) -> Any:
 
 
 @njit(**OPTIONS)
-def count_upper(keys: Any, m: int, counts: Any, spill: Any, spilled: int) -> int:
-    """Count the upper halves of m keys; put keys whose lower half is not zero into `spill`.
+def count_upper(keys: Any, m: int, counts: Any, rest: Any, kept: int) -> int:
+    """Count the upper halves of m keys; put keys whose lower half is not zero into `rest` behind `kept`.
 
-    Returns how many keys have been spilled, or more than fits when they don't.
+    Returns how many are there now; more than fit once they didn't.
     """
-    for j in range(m):
-        counts[keys[j] >> u32(16)] += 1
-    for j in range(m):
-        if keys[j] & u32(0xFFFF):
-            if spilled < spill.shape[0]:
-                spill[spilled] = keys[j]
-            spilled += 1
-    return spilled
+    # two tables in turn: neighbours often fall on one count, and would wait for each other
+    pairs = m // 2
+    for j in range(pairs):
+        counts[0, keys[2 * j] >> u32(16)] += 1
+        counts[1, keys[2 * j + 1] >> u32(16)] += 1
+    if m % 2:
+        counts[0, keys[m - 1] >> u32(16)] += 1
+    room = rest.shape[0] - 1
+    if kept > room:
+        return kept
+    for j in range(m):  # without a branch: write always, move on when there was something to keep
+        rest[min(kept, room)] = keys[j]
+        kept += np.int64((keys[j] & u32(0xFFFF)) != u32(0))
+    return kept
 
 
 @njit(**OPTIONS)
