@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -12,11 +13,14 @@ import typer
 app = typer.Typer(
     name="weft",
     help="Weave the weights of several trained networks into one.",
-    no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: importing rich takes longer than all the rest of it
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+INTERRUPTED = 130
+"""The exit status after Ctrl-C, as shells have it."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Set = Annotated[
@@ -29,6 +33,7 @@ Set = Annotated[
 
 @app.callback(invoke_without_command=True)
 def options(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
@@ -36,6 +41,9 @@ def options(
 
         print(f"weft {__version__}")
         raise typer.Exit()
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -68,9 +76,9 @@ def merge(
     from weft.cli.merging import run
 
     run(
-        recipe, out, sets=set_ or [], seed=seed, dry_run=dry_run, explain=explain, log_json=log_json, quiet=quiet,
-        as_json=json, memory=memory, threads=threads, device=device, dtype=dtype, shard_size=shard_size,
-        executor=executor, overwrite=overwrite, digests=digests,
+        recipe, out, sets=set_ or [], seed=seed, dry_run=dry_run, explain=explain, log_json=log_json,
+        quiet=quiet, as_json=json, memory=memory, threads=threads, device=device, dtype=dtype,
+        shard_size=shard_size, executor=executor, overwrite=overwrite, digests=digests,
     )  # fmt: skip
 
 
@@ -83,7 +91,7 @@ def check(
     ] = True,
     json: Json = False,
 ) -> None:
-    """Report every problem of a recipe at once, before a byte of weights is read."""
+    """Report every problem of a recipe before any weight is read."""
     from weft.cli.showing import check_recipe
 
     check_recipe(recipe, set_ or [], headers, json)
@@ -98,7 +106,7 @@ def inspect(
     json: Json = False,
 ) -> None:
     """Show what a checkpoint holds."""
-    from weft.cli.showing import inspect_model
+    from weft.cli.inspecting import inspect_model
 
     inspect_model(model, values, json)
 
@@ -122,7 +130,7 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="Show one method in full.", metavar="[NAME]")] = None,
     json: Json = False,
 ) -> None:
-    """List the merging methods: what each needs, its parameters, its paper."""
+    """List the merging methods, or show one (or a step) in full."""
     from weft.cli.showing import list_methods
 
     list_methods(name, json)
@@ -133,8 +141,8 @@ def systems(
     section: Annotated[str | None, typer.Option(help="Only this section of the survey, e.g. 2.2.3.")] = None,
     json: Json = False,
 ) -> None:
-    """List the named systems of the field, and which of them work in weft."""
-    from weft.cli.showing import list_systems
+    """List the named systems of the field: which of them work?"""
+    from weft.cli.cataloguing import list_systems
 
     list_systems(section, json)
 
@@ -142,11 +150,10 @@ def systems(
 @app.command()
 def schema() -> None:
     """Print the JSON schema of recipes, for editors."""
-    import json
-
+    from weft.cli.output import print_json
     from weft.recipes import json_schema
 
-    print(json.dumps(json_schema(), indent=2))
+    print_json(json_schema())
 
 
 @app.command()
@@ -154,7 +161,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where to write the report.")] = Path("weft-demo"),
     json: Annotated[Path | None, typer.Option("--json", help="Also write the results as JSON.")] = None,
 ) -> None:
-    """Merge small real experts by several methods, evaluate them, write a report."""
+    """Merge small real experts, evaluate them, write a report."""
     from weft.demo import demo as run_demo
 
     run_demo(out, json_path=json)
@@ -165,46 +172,59 @@ def main() -> None:
     from weft.cli.output import report_error
     from weft.errors import WeftError
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode shows \u2212 rather than fail
+            stream.reconfigure(errors="backslashreplace")
+    status: object = None
     try:
-        app(standalone_mode=False)
+        # returns the status of an Exit, among them 130 for a Ctrl-C, which it catches
+        status = app(standalone_mode=False, prog_name="weft")
     except WeftError as error:
         report_error(str(error))
-        sys.exit(error.exit_status)
+        status = error.exit_status
     except KeyboardInterrupt:
-        report_error("interrupted; the same command goes on where this one stopped")
-        sys.exit(130)
+        status = INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        status = 0
     except MemoryError:
         report_error("out of memory: lower --memory or --threads")
-        sys.exit(1)
+        status = 1
     except Exception as error:
-        _report_click(error)
+        status = _report(error)
+    if status == INTERRUPTED:
+        report_error("interrupted; the same command goes on where this one stopped")
+    if isinstance(status, int) and status:
+        sys.exit(status)
 
 
-def _report_click(error: Exception) -> None:
-    """Usage errors of the argument parser, and what the operating system refused."""
+def _report(error: Exception) -> int:
+    """Say what the argument parser or the operating system refused; the exit status."""
     from weft.cli.output import report_error
 
+    # told by what they have, since typer's parser has moved between packages
     show = getattr(error, "format_message", None)
     if show is not None:
         context = getattr(error, "ctx", None)
-        hint = f" (see {context.command_path} --help)" if context is not None else ""
-        report_error(f"{show()}{hint}")
-        sys.exit(getattr(error, "exit_code", 2))
-    if type(error).__name__ in ("Exit", "Abort"):
-        sys.exit(getattr(error, "exit_code", 1))
+        wrong, known = getattr(error, "option_name", None), getattr(error, "possibilities", None)
+        message = show().rstrip(".")
+        if wrong and known is not None:
+            hint = f"; did you mean {' or '.join(sorted(known))}?" if known else ""
+            message = f"there is no option {wrong}{hint}"
+        report_error(message + (f" (see {context.command_path} --help)" if context is not None else ""))
+        return int(getattr(error, "exit_code", 2))
+    if type(error).__name__ == "Abort":  # an interrupt, as older versions of typer report it
+        return INTERRUPTED
     if isinstance(error, OSError):
         report_error(f"{error.filename or 'a file'}: {error.strerror or error}")
-        sys.exit(1)
+        return 1
     if os.environ.get("WEFT_DEBUG"):
         raise error
     report_error(
         f"weft failed unexpectedly: {type(error).__name__}: {error}. This is a bug in weft; "
         f"set WEFT_DEBUG=1 to see where"
     )
-    sys.exit(1)
+    return 1
 
 
 if __name__ == "__main__":

@@ -7,15 +7,16 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from weft.checkpoints.base import Checkpoint
 from weft.checkpoints.dtypes import dtype_name, parse_dtype
-from weft.cli.output import console, print_json, safe
+from weft.cli.output import console, note, one_line, print_json, safe, shape_text, table
 from weft.engine.budget import show_size
 from weft.engine.plan import Plan
-from weft.engine.save import Settings, save
-from weft.errors import UsageError
+from weft.engine.save import Saved, Settings, save
+from weft.engine.staging import refuse_existing, refuse_inputs
+from weft.errors import UsageError, WeftError
 
 Event = Mapping[str, Any]
 
@@ -40,6 +41,9 @@ def run(
 
     if settings["executor"] not in ("local", "ray"):
         raise UsageError(f"there is no executor {settings['executor']!r}; choose local or ray")
+    log_on_stdout = log_json is not None and str(log_json) == "-"
+    if as_json and log_on_stdout:
+        raise UsageError("--json and --log-json - would mix on stdout; give the log a file")
     recipes = read(recipe, sets)
     checkpoint = build(recipes, seed=seed)
     chosen = target(recipes)
@@ -48,12 +52,19 @@ def run(
         _show_explanation(checkpoint, explain, as_json)
         return
     if dry_run:
-        _show_plan(Settings(**settings).plan(checkpoint, out), as_json)
+        plan = Settings(**settings).plan(checkpoint, out)
+        _show_plan(plan, as_json)
+        try:
+            refuse_existing(out, settings["overwrite"])
+            refuse_inputs(out, plan)
+        except WeftError as error:
+            note(f"this plan could not be carried out: {error}")
         return
-    text = Path(recipe).read_text(encoding="utf-8") if Path(recipe).is_file() else recipe
+    inline = "\n" in recipe or recipe.lstrip().startswith("{")
+    text = recipe if inline else Path(recipe).read_text(encoding="utf-8")
     if not quiet:
-        for note in chosen.notes:
-            print(f"note: {safe(note)}", file=sys.stderr)
+        for told in chosen.notes:
+            note(told)
     with ExitStack() as stack:
         sinks: list[Callable[[Event], None]] = []
         if log_json is not None:
@@ -71,15 +82,19 @@ def run(
     if as_json:
         print_json({"path": str(saved.path), "seconds": round(saved.seconds, 3), **saved.manifest})
     elif not quiet:
-        for note in saved.notes:
-            print(f"note: {safe(note)}", file=sys.stderr)
-        resumed = f", {saved.resumed} tensors of them by an earlier run" if saved.resumed else ""
-        print(f"{saved.path}: {saved.manifest['tensors']} tensors{resumed}, {saved.seconds:.1f} s")
-        carried = saved.manifest["carried"]
-        for name, reason in list(carried.items())[:10]:
-            print(f"  carried, not merged: {safe(name)} ({safe(reason)})")
-        if len(carried) > 10:
-            print(f"  … and {len(carried) - 10} more; see weft-manifest.json")
+        _show_saved(saved, sys.stderr if log_on_stdout else sys.stdout)
+
+
+def _show_saved(saved: Saved, to: TextIO) -> None:
+    for told in saved.notes:
+        note(told)
+    count, carried = saved.manifest["tensors"], saved.manifest["carried"]
+    resumed = f", {saved.resumed} of them by an earlier run" if saved.resumed else ""
+    print(f"{one_line(saved.path)}: {count} tensors{resumed}, {saved.seconds:.1f} s", file=to)
+    for name, reason in list(carried.items())[:10]:
+        print(f"  carried, not merged: {one_line(name)} ({safe(reason)})", file=to)
+    if len(carried) > 10:
+        print(f"  … and {len(carried) - 10} more; see the manifest", file=to)
 
 
 @contextmanager
@@ -109,8 +124,8 @@ def _progress() -> Iterator[Callable[[Event], None]]:
     )
 
     bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(),
-        TimeRemainingColumn(), console=console(stderr=True), transient=True,
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True),
+        TransferSpeedColumn(), TimeRemainingColumn(), console=console(stderr=True), transient=True,
     )  # fmt: skip
     with bar:
         task = bar.add_task("merging", total=None)
@@ -133,8 +148,6 @@ def _progress() -> Iterator[Callable[[Event], None]]:
 
 
 def _show_plan(plan: Plan, as_json: bool) -> None:
-    from rich.table import Table
-
     described = plan.describe()
     rows = [
         {
@@ -150,11 +163,12 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
         print_json({**described, "plan": rows})
         return
     out = console()
-    table = Table("tensor", "shape", "dtype", "bytes", "steps")
+    listed = table("tensor", ">shape", "dtype", ">bytes", "steps")
     for row in rows:
-        shape = "×".join(map(str, plan.tensors[str(row["name"])].shape)) or "scalar"
-        table.add_row(safe(row["name"]), shape, str(row["dtype"]), f"{row['bytes']:,}", safe(row["steps"]))
-    out.print(table)
+        shape, size = shape_text(plan.tensors[str(row["name"])].shape), f"{row['bytes']:,}"
+        listed.add_row(one_line(row["name"]), shape, str(row["dtype"]), size, one_line(row["steps"]))
+    out.print(listed)
+    out.print()
     files = ", ".join(f"{f} ({show_size(size)})" for f, size in plan.layout.sizes.items())
     out.print(f"{described['tensors']} tensors, {described['parameters']:,} parameters")
     out.print(f"read {show_size(plan.bytes_read)}, write {show_size(plan.bytes_written)}: {files}")
@@ -190,23 +204,27 @@ def explanation(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
             told["method"] = method.name
             base = getattr(checkpoint, "base", None)
             told["space"] = "task vectors (model − base)" if base is not None else "weights"
-        told["inputs"] = [explanation(s, name) for s in checkpoint.inputs if name in s]
+        stored = [(s, s.aliases.get(name, name)) for s in checkpoint.inputs]
+        told["inputs"] = [explanation(s, n) for s, n in stored if n in s]
     else:
         told["stored_bytes"] = info.nbytes
     return told
 
 
 def _show_explanation(checkpoint: Checkpoint, name: str, as_json: bool) -> None:
-    told = explanation(checkpoint, name)
+    stored = checkpoint.aliases.get(name, name)
+    told = explanation(checkpoint, stored)
     if as_json:
-        print_json(told)
+        print_json(told | {"tied_name": name} if stored != name else told)
         return
     from rich.tree import Tree
 
     def label(node: dict[str, Any]) -> str:
-        shape = "×".join(map(str, node["shape"])) or "scalar"
-        head = f"{node['origin']}: {shape} {node['dtype']}"
-        return safe(f"{head}\n{node['space']} | {node['steps']}" if "space" in node else head)
+        text = f"{one_line(node['origin'])}: {shape_text(node['shape'])} {node['dtype']}"
+        if "space" in node:
+            steps = one_line(node["steps"]).replace(" | ", "\n  | ")
+            return f"{text}\nof {node['space']}:\n    {steps}"
+        return f"{text}, rounded once to that" if node["node"] == "Cast" else text
 
     def grow(tree: Tree, node: dict[str, Any]) -> Tree:
         for child in node.get("inputs", []):
@@ -214,5 +232,5 @@ def _show_explanation(checkpoint: Checkpoint, name: str, as_json: bool) -> None:
         return tree
 
     out = console()
-    out.print(safe(name))
+    out.print(one_line(stored) + (f", to which {one_line(name)} is tied" if stored != name else ""))
     out.print(grow(Tree(label(told)), told))

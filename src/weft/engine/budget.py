@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from weft.errors import UsageError
 
@@ -18,6 +20,8 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
 def parse_size(text: str | int) -> int:
     """`"2GiB"`, `"500MB"`, `"4g"`, 1024 → bytes. Raises UsageError."""
     if isinstance(text, int):
+        if isinstance(text, bool) or text < 0:
+            raise UsageError(f"{text!r} is no size: write it like 2GiB, 500MB or 1073741824")
         return text
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if not found or found[2].lower() not in _UNITS:
@@ -35,9 +39,11 @@ def show_size(n: float) -> str:
 
 
 def default_memory() -> int:
-    """A quarter of what is installed, between 1 and 16 GiB."""
-    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(max(installed // 4, 1 << 30), 16 << 30)
+    """A quarter of what this process may have, between 1 and 16 GiB, but never more than half of it."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # a container's limit; "max" where there is none
+        there = min(there, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(max(there // 4, 1 << 30), 16 << 30, there // 2)
 
 
 class Budget:
@@ -48,6 +54,20 @@ class Budget:
         self.used = 0
         self.peak = 0
         self._freed = threading.Condition()
+
+    def try_hold(self, nbytes: int) -> bool:
+        """Hold `nbytes` if they are free now; to be given back by `free`."""
+        with self._freed:
+            if self.used + nbytes > self.total:
+                return False
+            self.used += nbytes
+            self.peak = max(self.peak, self.used)
+            return True
+
+    def free(self, nbytes: int) -> None:
+        with self._freed:
+            self.used -= nbytes
+            self._freed.notify_all()
 
     @contextmanager
     def holding(self, nbytes: int) -> Iterator[None]:
@@ -61,6 +81,4 @@ class Budget:
         try:
             yield
         finally:
-            with self._freed:
-                self.used -= nbytes
-                self._freed.notify_all()
+            self.free(nbytes)

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from weft.checkpoints.base import TensorInfo
 from weft.engine.writer import Layout
+from weft.errors import DataError
 
 _BLOCK = 1 << 20
 
 
 class RunningDigest:
-    """The digest of one file. `finished` marks a tensor as written; whoever can, hashes up to the first gap."""
+    """The digest of one file. `finished` marks a tensor as written; whoever can hashes up to the next gap."""
 
     def __init__(self, path: Path, layout: Layout, tensors: Mapping[str, TensorInfo]) -> None:
         self.path = path
@@ -49,6 +50,8 @@ class RunningDigest:
                 while self._front < len(self._ends) and self._written[self._front]:
                     self._hash_to(f.fileno(), self._ends[self._front])
                     self._front += 1
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read back: {error.strerror}") from None
         finally:
             self._busy.release()
 
@@ -58,6 +61,6 @@ class RunningDigest:
             view = memoryview(buffer)[: min(_BLOCK, end - self._offset)]
             got = os.preadv(fd, [view], self._offset)
             if got <= 0:
-                raise OSError(f"{self.path} ends early")
+                raise DataError(f"{self.path} was cut short while weft wrote it; run the command again")
             self._hash.update(view[:got])
             self._offset += got

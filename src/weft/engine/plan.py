@@ -10,7 +10,7 @@ import torch
 from weft.checkpoints.base import Checkpoint, TensorInfo
 from weft.checkpoints.dtypes import dtype_name, is_mergeable
 from weft.checkpoints.execution import TILE, ranges
-from weft.engine.budget import Budget, show_size
+from weft.engine.budget import show_size
 from weft.engine.writer import Layout, lay_out
 from weft.errors import DataProblems, UsageError
 
@@ -34,9 +34,16 @@ class Plan:
     bytes_written: int
     peak_memory: int
     """Upper bound of what all threads hold at once, the interpreter and torch excepted."""
+    largest: int
+    """What the most expensive range of all holds."""
 
     def ranges(self, name: str) -> list[tuple[int, int]]:
         return ranges(self.tensors[name].numel, self.checkpoint.grain(name), self.chunk)
+
+    @property
+    def crowded(self) -> bool:
+        """True where not every thread can hold its largest range at once, so that some have to wait."""
+        return self.threads * self.largest > self.memory
 
     def cost(self, name: str, count: int) -> int:
         """Bytes held while a range is computed and written."""
@@ -78,10 +85,13 @@ def make_plan(
     }
     if not tensors:
         raise UsageError(f"{checkpoint.origin} has no tensors to write")
-    layout = lay_out(tensors, shard_bytes, metadata or {"format": "pt"}, stem)
-    largest = MAX_CHUNK if where.type == "cpu" else DEVICE_CHUNK
-    chunk = largest
-    while chunk > TILE and threads * _range_cost(checkpoint, tensors, chunk, elementwise=True) > memory:
+    if threads < 1:
+        raise UsageError(f"cannot work on {threads} threads: give at least 1")
+    # tied names go where safetensors.torch.save_model puts them, so that load_model finds them
+    layout = lay_out(tensors, shard_bytes, metadata or {"format": "pt", **checkpoint.aliases}, stem)
+    chunk = MAX_CHUNK if where.type == "cpu" else DEVICE_CHUNK
+    # tensors that are needed whole don't get smaller with the chunk, so they have no say in it
+    while chunk > TILE and threads * _range_cost(checkpoint, tensors, chunk, whole=False) > memory:
         chunk //= 2
     too_large = []
     for name, info in tensors.items():
@@ -97,22 +107,22 @@ def make_plan(
             f"that streams",
             too_large,
         )
-    peak = min(memory, threads * _range_cost(checkpoint, tensors, chunk, elementwise=False))
+    largest = _range_cost(checkpoint, tensors, chunk, whole=True)
     return Plan(
         checkpoint, tensors, layout, chunk, threads, memory, where,
         bytes_read=sum(checkpoint.bytes_read(n) for n in tensors),
-        bytes_written=layout.total, peak_memory=peak,
+        bytes_written=layout.total, peak_memory=min(memory, threads * largest), largest=largest,
     )  # fmt: skip
 
 
 def _range_cost(
-    checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], chunk: int, elementwise: bool
+    checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], chunk: int, whole: bool
 ) -> int:
-    """The most that one range takes, over all tensors (or only those that may be cut anywhere)."""
+    """The most that one range takes, over all tensors (or only those that may be cut)."""
     cost = 0
     for name, info in tensors.items():
         grain = checkpoint.grain(name)
-        if elementwise and grain > 1:
+        if not whole and 1 < info.numel <= grain:
             continue
         n = max((b - a for a, b in ranges(info.numel, grain, chunk)), default=0)
         cost = max(cost, checkpoint.working_bytes(name, n) + n * info.dtype.itemsize)
@@ -130,7 +140,3 @@ def parse_device(device: str) -> torch.device:
     if where.type not in ("cpu", "cuda"):
         raise UsageError(f"{device!r} is not supported: use cpu, cuda or cuda:1")
     return where
-
-
-def budget_for(plan: Plan) -> Budget:
-    return Budget(plan.memory)

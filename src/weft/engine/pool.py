@@ -40,23 +40,24 @@ class _Job:
             try:
                 self.results[i] = self.fn(self.items[i])
             except BaseException as error:
-                self._fail(error)
+                self.stop(error)
             with self.changed:
                 self.unfinished -= 1
                 self.changed.notify_all()
 
-    def _fail(self, error: BaseException) -> None:
+    def stop(self, error: BaseException) -> None:
+        """Hand out no more items."""
         with self.changed:
-            self.error = self.error or error
+            self.error = error if self.error is None else self.error
             self.unfinished -= len(self.items) - self.next
             self.next = len(self.items)
 
     def finish(self) -> list[Any]:
         """Wait for items others have begun; raise the first error."""
         with self.changed:
-            # a timeout keeps the main thread able to take Ctrl-C
-            while self.unfinished and not self.changed.wait(timeout=0.2):
-                pass
+            # woken by every item, not by the last alone; a timeout keeps the main thread able to take Ctrl-C
+            while self.unfinished:
+                self.changed.wait(timeout=0.2)
         if self.error is not None:
             raise self.error
         return self.results
@@ -89,21 +90,24 @@ class WorkPool:
             job.work()
             return job.finish()
         except BaseException as error:
-            job._fail(error)
+            job.stop(error)
             raise
         finally:
             with self._wake:
                 if job in self._jobs:
                     self._jobs.remove(job)
 
+    def _open_job(self) -> _Job | None:
+        return next((j for j in self._jobs if j.next < len(j.items)), None)
+
     def _help(self) -> None:
         while True:
             with self._wake:
-                while not self._closed and not any(j.next < len(j.items) for j in self._jobs):
+                # looked up once: between two looks another thread may take a job's last item
+                while (job := self._open_job()) is None and not self._closed:
                     self._wake.wait()
-                if self._closed:
+                if job is None:
                     return
-                job = next(j for j in self._jobs if j.next < len(j.items))
             job.context.copy().run(job.work)
 
     def __enter__(self) -> WorkPool:

@@ -25,17 +25,15 @@ def output_config(plan: Plan) -> tuple[dict[str, Any] | None, list[str]]:
         return None, []
     notes: list[str] = []
     config = _without_code(dict(source), notes)
-    stored = {i.dtype for i in plan.tensors.values() if is_mergeable(i.dtype)}
-    if len(stored) == 1:
-        name = dtype_name(next(iter(stored)))
-        for key in ("dtype", "torch_dtype"):
-            if key in config and config[key] != name:
-                notes.append(f"config.json: {key} {config[key]} → {name}")
-                config[key] = name
-    head_written = any(re.search(r"(^|\.)lm_head\.weight$", n) for n in plan.tensors)
-    if config.get("tie_word_embeddings") and head_written:
-        config["tie_word_embeddings"] = False
-        notes.append("config.json: tie_word_embeddings → false, since the output has a head of its own")
+    stored: dict[str, int] = {}
+    for info in plan.tensors.values():
+        if is_mergeable(info.dtype):
+            name = dtype_name(info.dtype)
+            stored[name] = stored.get(name, 0) + info.numel
+    if stored:
+        _state_dtype(config, stored, notes)
+    if any(re.search(r"(^|\.)lm_head\.weight$", n) for n in plan.tensors):
+        _untie(config, notes)
     return config, notes
 
 
@@ -44,11 +42,37 @@ def _without_code(config: dict[str, Any], notes: list[str], path: str = "") -> d
     for key, value in config.items():
         if _CODE_KEYS.match(key):
             notes.append(f"config.json: {path}{key} left out, since it can make a loader run code")
-        elif isinstance(value, dict):
-            kept[key] = _without_code(value, notes, f"{path}{key}.")
         else:
-            kept[key] = value
+            kept[key] = _value_without_code(value, notes, f"{path}{key}.")
     return kept
+
+
+def _value_without_code(value: Any, notes: list[str], path: str) -> Any:
+    if isinstance(value, dict):
+        return _without_code(value, notes, path)
+    if isinstance(value, list):
+        return [_value_without_code(v, notes, f"{path}{i}.") for i, v in enumerate(value)]
+    return value
+
+
+def _state_dtype(config: dict[str, Any], stored: Mapping[str, int], notes: list[str], path: str = "") -> None:
+    """dtype keys, also those of the parts of a multimodal model, that name what no tensor has."""
+    most = max(stored, key=lambda n: stored[n])
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _state_dtype(value, stored, notes, f"{path}{key}.")
+        elif key in ("dtype", "torch_dtype") and value is not None and value not in stored:
+            notes.append(f"config.json: {path}{key} {value} → {most}")
+            config[key] = most
+
+
+def _untie(config: dict[str, Any], notes: list[str], path: str = "") -> None:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _untie(value, notes, f"{path}{key}.")
+        elif key == "tie_word_embeddings" and value:
+            config[key] = False
+            notes.append(f"config.json: {path}{key} → false, since the output has a head of its own")
 
 
 def write_config(folder: Path, config: Mapping[str, Any] | None) -> None:
@@ -100,6 +124,7 @@ def manifest(
         ],
         "tensors": len(plan.tensors),
         "carried": carried(plan.checkpoint),
+        "left_out": _left_out(plan.checkpoint),
         "notes": list(notes),
     }
 
@@ -112,6 +137,11 @@ def carried(checkpoint: Checkpoint) -> dict[str, str]:
     return found | dict(getattr(checkpoint, "carried", {}))
 
 
+def _left_out(checkpoint: Checkpoint) -> dict[str, list[str]]:
+    """Entries of the inputs' files that are no weights (counters, optimiser state, scales), by input."""
+    return {s.origin: skipped for s in leaves(checkpoint) if (skipped := list(getattr(s, "skipped", ())))}
+
+
 def _seeds(checkpoint: Checkpoint) -> set[int]:
     own = {seed} if isinstance(seed := getattr(checkpoint, "seed", None), int) else set()
     return own.union(*(_seeds(s) for s in checkpoint.inputs))
@@ -120,7 +150,7 @@ def _seeds(checkpoint: Checkpoint) -> set[int]:
 def model_card(plan: Plan, recipe_text: str | None) -> str:
     """README.md in the Hub's conventions: front matter, what was merged, the recipe."""
     names = list(dict.fromkeys(s.origin for s in leaves(plan.checkpoint)))
-    hub_ids = [n for n in names if re.fullmatch(r"[\w.-]+/[\w.-]+", n)]
+    hub_ids = [n for n in names if re.fullmatch(r"[\w.-]+/[\w.-]+", n) and not Path(n).exists()]
     front = ["---"]
     if hub_ids:
         front += ["base_model:", *(f"- {n}" for n in hub_ids), "base_model_relation: merge"]

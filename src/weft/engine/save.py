@@ -6,15 +6,15 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from weft.checkpoints.base import Checkpoint
-from weft.checkpoints.execution import Execution, executing
+from weft.checkpoints.execution import Execution, executing, execution, map_here
 from weft.engine.budget import Budget, default_memory, parse_size
 from weft.engine.digest import RunningDigest
 from weft.engine.plan import Plan, make_plan
@@ -29,6 +29,7 @@ from weft.engine.record import (
 )
 from weft.engine.staging import Staging, fingerprint, refuse_existing, refuse_inputs
 from weft.engine.writer import PlacedFiles, write_whole
+from weft.errors import DataError, UsageError
 
 MANIFEST = "weft-manifest.json"
 Event = Mapping[str, Any]
@@ -61,12 +62,16 @@ class Settings:
     executor: str = "local"
     on_event: Callable[[Event], None] = field(default=lambda event: None)
 
+    def __post_init__(self) -> None:
+        if self.executor not in ("local", "ray"):
+            raise UsageError(f"there is no executor {self.executor!r}: use local or ray")
+
     def plan(self, checkpoint: Checkpoint, out: Path) -> Plan:
         """The plan for writing `checkpoint` to `out`."""
         single = out.suffix == ".safetensors"
         return make_plan(
             checkpoint,
-            threads=self.threads or os.cpu_count() or 1,
+            threads=_cores() if self.threads is None else self.threads,
             memory=default_memory() if self.memory is None else parse_size(self.memory),
             device=self.device,
             dtype=self.dtype,
@@ -98,12 +103,16 @@ def save(
     plan = how.plan(checkpoint, out)
     refuse_inputs(out, plan)
     how.on_event({"event": "plan", **plan.describe()})
+    inputs_were = checkpoint.identity()
     staging = Staging(out, fingerprint(plan), overwrite=how.overwrite)
-    resumed = len(staging.done)
     try:
+        staging.forget_damaged(plan)
+        resumed = len(staging.done)
         digests = run(plan, staging, how)
         with WorkPool(plan.threads) as pool:
             inputs = _input_records(plan, how.digests, pool)
+        if checkpoint.identity() != inputs_were:
+            raise DataError(f"the inputs of {out} changed while they were merged: run the command again")
         config, notes = output_config(plan)
         record = manifest(plan, recipe=recipe, digests=digests, inputs=inputs, notes=notes)
         _write_companions(staging.folder, out, plan, config, record, recipe_text)
@@ -133,7 +142,8 @@ def write_tensors(plan: Plan, staging: Staging, how: Settings, names: list[str])
     }
     try:
         with working(plan, how) as pool:
-            plan.checkpoint.survey()
+            if names:
+                survey(plan)
             todo = set(names)
             for name in plan.tensors:
                 if name not in todo and how.digests:
@@ -154,6 +164,18 @@ def write_tensors(plan: Plan, staging: Staging, how: Settings, names: list[str])
     return dict(zip(hashes, found, strict=True))
 
 
+def survey(plan: Plan) -> None:
+    """The first pass over all tensors, on as many threads as may hold a range each."""
+    if not plan.crowded:
+        plan.checkpoint.survey()
+        return
+    with (
+        WorkPool(max(1, plan.memory // plan.largest)) as fewer,
+        executing(replace(execution(), map=fewer.map)),
+    ):
+        plan.checkpoint.survey()
+
+
 @contextmanager
 def working(plan: Plan, how: Settings) -> Iterator[WorkPool]:
     """Threads, and an execution in force that uses them."""
@@ -166,17 +188,24 @@ def working(plan: Plan, how: Settings) -> Iterator[WorkPool]:
         kernels = Kernels()
     try:
         with WorkPool(plan.threads) as pool:
-            execution = Execution(
+            here = Execution(
                 chunk=plan.chunk,
                 device=plan.device,
                 map=pool.map,
                 kernels=kernels,
                 surveyed=lambda n: how.on_event({"event": "read", "bytes": n}),
             )
-            with executing(execution):
+            with executing(here):
                 yield pool
     finally:
         torch.set_num_threads(before)
+
+
+def _cores() -> int:
+    """Cores that this process may run on, which a container or a scheduler may have made fewer."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _worth_compiling() -> int:
@@ -190,16 +219,37 @@ class Writing:
     def __init__(self, plan: Plan, files: PlacedFiles, on_event: Callable[[Event], None]) -> None:
         self.plan, self.files, self.on_event = plan, files, on_event
         self.budget = Budget(plan.memory)
+        # what ranges cannot use keeps tensors that are read several times from being read from disk again
+        self.spare = Budget(plan.memory - plan.peak_memory)
+        names = list(plan.tensors)
+        self._later = dict(zip(names, names[plan.threads :], strict=False))
 
     def tensor(self, name: str, pool: WorkPool) -> None:
         """One tensor; its ranges are shared with threads that have nothing else to do."""
+        if name in self._later:
+            self.plan.checkpoint.prefetch(self._later[name])
+        keep = self.plan.checkpoint.held_bytes(name)
+        kept = keep > 0 and self.spare.try_hold(keep)
+        try:
+            if kept:
+                self.plan.checkpoint.hold(name)
+            self._write(name, pool)
+        finally:
+            self.plan.checkpoint.release(name)
+            if kept:
+                self.spare.free(keep)
+
+    def _alone_if_crowded(self) -> AbstractContextManager[object]:
+        """Statistics stream one range at a time where several at once could break the budget."""
+        return executing(replace(execution(), map=map_here)) if self.plan.crowded else nullcontext()
+
+    def _write(self, name: str, pool: WorkPool) -> None:
         plan, info = self.plan, self.plan.tensors[name]
         began = time.monotonic()
         cut = plan.ranges(name)
         longest = max((b - a for a, b in cut), default=0)
-        with self.budget.holding(plan.cost(name, longest)):
+        with self.budget.holding(plan.cost(name, longest)), self._alone_if_crowded():
             plan.checkpoint.ready(name)
-            plan.checkpoint.prefetch(name)
 
         def one(piece: tuple[int, int]) -> None:
             start, stop = piece

@@ -13,6 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,9 @@ def lay_out(
             filled = 0
         shards[-1].append(name)
         filled += info.nbytes
-    headers, sizes, places = {}, {}, {}
+    headers: dict[str, bytes] = {}
+    sizes: dict[str, int] = {}
+    places: dict[str, Place] = {}
     for i, names in enumerate(shards, 1):
         many = len(shards) > 1
         file = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" if many else f"{stem}.safetensors"
@@ -93,29 +96,46 @@ def _header(
 def raw_bytes(values: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, little-endian, without a copy."""
     flat = values.detach().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy()).cast("B")
+    array: Any = flat.numpy()
+    return memoryview(array).cast("B")
 
 
 class PlacedFiles:
     """The open files of a layout under a folder, created at full size (or found so by a resumed run)."""
 
-    def __init__(self, folder: Path, layout: Layout, files: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, layout: Layout, files: Sequence[str] | None = None, *, create: bool = True
+    ) -> None:
         self.folder, self.layout = folder, layout
         self._fds: dict[str, int] = {}
-        for file in files or layout.sizes:
-            self._fds[file] = self._open(file)
+        try:
+            for file in layout.sizes if files is None else files:
+                self._fds[file] = self._open(file, create)
+        except BaseException:
+            self.close()
+            raise
 
-    def _open(self, file: str) -> int:
+    def _open(self, file: str, create: bool) -> int:
         path, size = self.folder / file, self.layout.sizes[file]
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | (os.O_CREAT if create else 0)
+        try:
+            fd = os.open(path, flags, 0o644)
+        except OSError as error:
+            raise disk_error(error, path, size) from None
         try:
             if os.fstat(fd).st_size != size:
+                if not create:
+                    raise DataError(f"{path} has not the size it was made with: is this storage shared?")
                 # claims the blocks now, so that a full disk is found before the work and not after
                 _claim(fd, size)
+            if create:  # of a file found there too: whoever sized it may have been killed before this line
                 write_at(fd, memoryview(self.layout.headers[file]), 0)
         except OSError as error:
             os.close(fd)
             raise disk_error(error, path, size) from None
+        except BaseException:
+            os.close(fd)
+            raise
         return fd
 
     def write(self, name: str, start: int, values: Tensor) -> None:
@@ -128,8 +148,12 @@ class PlacedFiles:
             raise disk_error(error, path, self.layout.sizes[place.file]) from None
 
     def sync(self) -> None:
-        for fd in self._fds.values():
-            os.fsync(fd)
+        """Make what is written durable; a disk that fails late says so here."""
+        for file, fd in self._fds.items():
+            try:
+                os.fsync(fd)
+            except OSError as error:
+                raise disk_error(error, self.folder / file, self.layout.sizes[file]) from None
 
     def close(self) -> None:
         for fd in self._fds.values():
@@ -160,8 +184,8 @@ def disk_error(error: OSError, path: Path, size: int) -> DataError:
     """What the operating system said, as one sentence with a remedy."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return DataError(
-            f"{path}: no room for {size:,} bytes ({error.strerror}): free some space or choose another folder, "
-            f"then run the same command again to go on from here"
+            f"{path}: no room for {size:,} bytes ({error.strerror}): free some space, then run the same "
+            f"command again to go on from here; or choose another folder"
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return DataError(

@@ -1,4 +1,4 @@
-"""How each step reads as scalar code on float64 values of one position: the fused form of the torch definition.
+"""How each step reads as scalar code on the float64 values of one position.
 
 An emitter appends lines to a `Body` and replaces its `values` (one expression a model, or one in all after a
 reducing step). It must do the same operations in the same order as the step's torch function: tests compare
@@ -139,7 +139,7 @@ def drop(body: Body, params: Mapping[str, Any], found: Mapping[str, Any], at: At
     for i, (v, p) in enumerate(zip(body.values, per_model(params["density"], body.k), strict=True)):
         if p < 1.0:
             k0, k1 = (body.word(key) for key in stream_key(at.seed, i, at.name, at.start >> 32))
-            draw = body.let(f"bits(u32(low + u32(i)), {k0}, {k1})")
+            draw = body.let(f"bits(u32(here + u32(j)), {k0}, {k1})")
             v = body.let(f"{v} if {draw} < {body.word(threshold(p))} else 0.0")
         if params["rescale"] and p > 0:
             v = body.let(f"{v} / {body.number(p)}")

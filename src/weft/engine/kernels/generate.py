@@ -41,49 +41,67 @@ def kernel({arguments}, p, q, low):
 
 
 class Source:
-    """One kernel: inputs (raw or float), what is done to a block, and the loop around it."""
+    """One kernel: inputs (raw or float), what is done to a value, and the loop over blocks around it."""
 
     def __init__(self, raw: Sequence[bool], base: bool | None) -> None:
         """`raw[i]`: whether input i is raw bf16; `base`: the same of the base, None without one."""
+        self.raw, self.base = list(raw), base
         self.arguments = [f"x{i}" for i in range(len(raw))]
-        self.loads = []
+        self.sliced: list[str] = []
+        """Further arguments of which a block sees its slice."""
+        self.loads: list[str] = []
         if base is not None:
-            self.arguments.append("b")
-            self.loads.append(f"base = {_load('b', base)}")
-        subtract = " - base" if base is not None else ""
-        self.loads += [f"d{i} = {_load(f'x{i}', is_raw)}{subtract}" for i, is_raw in enumerate(raw)]
+            self.add_base(base)
+        minus = " - base" if base is not None else ""
+        self.loads += [f"d{i} = {_load(f'x{i}', is_raw)}{minus}" for i, is_raw in enumerate(raw)]
         self.body = Body([f"d{i}" for i in range(len(raw))])
-        # in float32, where the inputs have no more: their difference rounds as the float64 one would
-        self.short = [_load(a, r).replace("from_bf16", "short_bf16").replace("np.float64", "np.float32")
-                      for a, r in zip(self.arguments, [*raw, base or False], strict=False)]  # fmt: skip
+
+    def add_base(self, raw: bool) -> None:
+        """Load the base's value as `base`."""
+        self.arguments.append("b")
+        self.loads.append(f"base = {_load('b', raw)}")
+
+    def short_loads(self) -> list[str]:
+        """The inputs less the base in float32: where they have no more bits, the rounding is the same."""
+        minus = "" if self.base is None else f" - {_load('b', self.base, short=True)}"
+        return [
+            f"f{i} = np.float32({_load(f'x{i}', raw, short=True)}{minus})" for i, raw in enumerate(self.raw)
+        ]
 
     def finish(
-        self, extra: Sequence[str], before: str, per_value: Sequence[str], after: str,
+        self,
+        extra: Sequence[str],
+        before: str,
+        per_value: Sequence[str],
+        after: str,
         loads: Sequence[str] | None = None,
-    ) -> str:  # fmt: skip
+    ) -> str:
         """The source text: `before` the loop, `per_value` lines after the body, `after` each block.
 
-        `loads` replaces the loading lines and the body.
+        `loads` replaces the loading lines and the body. Each block works on slices, whose indices the
+        compiler can see not to be negative: otherwise it checks each and vectorises nothing.
         """
         body = self.body
         hoisted = [f"p{i} = p[{i}]" for i in range(len(body.floats))]
         hoisted += [f"q{i} = q[{i}]" for i in range(len(body.words))]
-        head = _HEAD.format(
+        text = _HEAD.format(
             cache="{cache}",
             arguments=", ".join([*self.arguments, *extra]),
             hoisted="".join(f"    {line}\n" for line in hoisted),
             first=self.arguments[0],
         )
-        text = head + _indent(before, 4)
+        text += _indent(before, 4)
         text += "    for s in range(0, n, BLOCK):\n        m = min(BLOCK, n - s)\n"
-        text += "        for j in range(m):\n            i = s + j\n"
+        text += _indent("\n".join(f"{a}_ = {a}[s : s + m]" for a in [*self.arguments, *self.sliced]), 8)
+        text += "        here = u32(low + u32(s))\n        for j in range(m):\n"
         lines = [*self.loads, *body.lines, *per_value] if loads is None else [*loads, *per_value]
-        text += _indent("\n".join(lines), 12)
-        return text + _indent(after, 8)
+        return text + _indent("\n".join(lines), 12) + _indent(after, 8)
 
 
-def _load(array: str, raw: bool) -> str:
-    return f"from_bf16({array}[i])" if raw else f"np.float64({array}[i])"
+def _load(array: str, raw: bool, short: bool = False) -> str:
+    if raw:
+        return f"{'short' if short else 'from'}_bf16({array}_[j])"
+    return f"np.float{32 if short else 64}({array}_[j])"
 
 
 def _indent(text: str, by: int) -> str:

@@ -50,38 +50,39 @@ def bits(position: Any, k0: Any, k1: Any) -> Any:
 
 
 @njit(**OPTIONS)
-def store_bf16(values: Any, m: int, out: Any, at: int) -> None:
+def store_bf16(values: Any, m: int, out: Any) -> None:
     """Round m float64 values once, to nearest even, into raw bfloat16."""
     rounded = np.empty(BLOCK, np.float32)
     raw = rounded.view(np.uint32)
-    ties = 0
     for j in range(m):
         rounded[j] = np.float32(values[j])
+    ties = u32(0)
+    special = u32(0)
     for j in range(m):
-        ties += np.int32((raw[j] & u32(0xFFFF)) == u32(0x8000))
+        v = raw[j]
+        ties += u32(u32(v & u32(0xFFFF)) == u32(0x8000))
+        special += u32(u32(v & u32(0x7F800000)) == u32(0x7F800000))
+        carry = u32(u32(v + u32(0x7FFF)) + u32(u32(v >> u32(16)) & u32(1)))
+        out[j] = np.uint16(carry >> u32(16))
     if ties:
         # a float32 half-way between two bfloat16 may have been rounded there: lean back to the true side
         for j in range(m):
-            if (raw[j] & u32(0xFFFF)) == u32(0x8000):
-                near = np.float64(rounded[j])
-                if abs(values[j]) > abs(near):
-                    raw[j] = raw[j] + u32(1)
-                elif abs(values[j]) < abs(near):
-                    raw[j] = raw[j] - u32(1)
-    for j in range(m):
-        v = raw[j]
-        carry = u32(u32(v + u32(0x7FFF)) + u32(u32(v >> u32(16)) & u32(1)))
-        out[at + j] = np.uint16(carry >> u32(16))
-    for j in range(m):
-        if values[j] != values[j]:
-            out[at + j] = np.uint16(0x7FC0)
+            v = raw[j]
+            if u32(v & u32(0xFFFF)) == u32(0x8000):
+                near, exact = abs(np.float64(rounded[j])), abs(values[j])
+                up = exact > near or (exact == near and u32(v >> u32(16)) & u32(1))
+                out[j] = np.uint16(v >> u32(16)) + np.uint16(1 if up else 0)
+    if special:
+        for j in range(m):
+            if values[j] != values[j]:
+                out[j] = np.uint16(0x7FC0)
 
 
 @njit(**OPTIONS)
-def store_float(values: Any, m: int, out: Any, at: int) -> None:
+def store_float(values: Any, m: int, out: Any) -> None:
     """m float64 values into float32 or float64."""
     for j in range(m):
-        out[at + j] = values[j]
+        out[j] = values[j]
 
 
 @njit(cache=True, **OPTIONS)
@@ -141,34 +142,40 @@ def dot(a: Any, b: Any, m: int) -> float:
     return total
 
 
-@njit(cache=True, **OPTIONS)
-def rank_order(keys: Any, order: Any, bucket: Any, starts: Any) -> None:
-    """Stable ascending order of n non-negative float32 `keys` into `order`, by buckets and insertion.
-
-    `bucket` [n] and `starts` [n + 1] are scratch. Near-uniform after scaling by the maximum, which is what
-    magnitudes of one row nearly are; a crowded bucket costs an insertion sort.
-    """
+@njit(**OPTIONS)
+def radix_pass(keys: Any, source: Any, target: Any, counts: Any, shift: Any) -> None:
+    """One stable counting pass over 8 bits of the keys, from order `source` to order `target`."""
     n = keys.shape[0]
-    top = np.float32(0)
+    counts[:] = 0
     for j in range(n):
-        top = max(top, keys[j])
-    if not top > 0:
-        for j in range(n):
-            order[j] = j
+        counts[(keys[j] >> shift) & u32(0xFF)] += 1
+    total = 0
+    for d in range(256):
+        total, counts[d] = total + counts[d], total
+    for j in range(n):
+        o = source[j]
+        d = (keys[o] >> shift) & u32(0xFF)
+        target[counts[d]] = o
+        counts[d] += 1
+
+
+@njit(**OPTIONS)
+def rank_order(keys: Any, order: Any, other: Any, counts: Any) -> None:
+    """Stable ascending order of n 31-bit keys into `order`; `other` [n] and `counts` [256] are scratch."""
+    n = keys.shape[0]
+    long = 0
+    for j in range(n):
+        order[j] = j
+        long += np.int64((keys[j] & u32(0x7FFF)) != u32(0))
+    if long > n // 8:
+        radix_pass(keys, order, other, counts, u32(0))
+        radix_pass(keys, other, order, counts, u32(8))
+        radix_pass(keys, order, other, counts, u32(16))
+        radix_pass(keys, other, order, counts, u32(24))
         return
-    scale = np.float64(n - 1) / np.float64(top)
-    for j in range(n + 1):
-        starts[j] = 0
-    for j in range(n):
-        b = np.int32(np.float64(keys[j]) * scale)
-        bucket[j] = b
-        starts[b + 1] += 1
-    for j in range(n):
-        starts[j + 1] += starts[j]
-    for j in range(n):  # scatter in order of position, so that equal keys stay in it
-        at = starts[bucket[j]]
-        starts[bucket[j]] = at + 1
-        order[at] = j
+    # short numbers: their upper 16 bits nearly decide, and insertion settles the rest
+    radix_pass(keys, order, other, counts, u32(15))
+    radix_pass(keys, other, order, counts, u32(23))
     for j in range(1, n):
         o = order[j]
         v = keys[o]
@@ -181,52 +188,23 @@ def rank_order(keys: Any, order: Any, bucket: Any, starts: Any) -> None:
 
 @njit(cache=True, **OPTIONS)
 def thin_rows(
-    x: Any, n: int, density: float, window: float, rescale: bool, start: int, k0: Any, k1: Any, longest: int
-) -> bool:
-    """DELLA's `thin` in place on the rows (of n) of a flat float64 x. False if a row is too uneven.
-
-    `longest` bounds the work of a row: when more than that many keys share a bucket, nothing is promised
-    and the caller falls back to a sort.
-    """
-    keys = np.empty(n, np.float32)
+    x: Any, n: int, density: float, window: float, rescale: bool, start: int, k0: Any, k1: Any
+) -> None:
+    """DELLA's `thin` in place on the rows (of n) of a flat float64 x."""
+    keys = np.empty(n, np.uint32)
     order = np.empty(n, np.int32)
-    bucket = np.empty(n, np.int32)
-    starts = np.empty(n + 1, np.int32)
+    other = np.empty(n, np.int32)
+    counts = np.empty(256, np.int32)
     last = max(n - 1, 1)
     for row in range(x.shape[0] // n):
         at = row * n
         for j in range(n):
-            keys[j] = np.float32(abs(x[at + j]))
-        if not _even_enough(keys, bucket, starts, longest):
-            return False
-        rank_order(keys, order, bucket, starts)
+            keys[j] = np.float32(abs(x[at + j])).view(np.uint32)
+        rank_order(keys, order, other, counts)
         for r in range(n):
-            j = order[r]
-            chance = density + window * (np.float64(2 * r - (n - 1)) / last)
-            if np.float64(bits(u32(start + at + j), k0, k1)) < np.floor(chance * 4294967296.0):
-                if rescale:
-                    x[at + j] = x[at + j] / chance
-            else:
-                x[at + j] = 0.0
-    return True
-
-
-@njit(cache=True, **OPTIONS)
-def _even_enough(keys: Any, bucket: Any, starts: Any, longest: int) -> bool:
-    n = keys.shape[0]
-    top = np.float32(0)
-    for j in range(n):
-        top = max(top, keys[j])
-    if not top > 0:
-        return True
-    scale = np.float64(n - 1) / np.float64(top)
-    for j in range(n + 1):
-        starts[j] = 0
-    worst = 0
-    for j in range(n):
-        b = np.int32(np.float64(keys[j]) * scale)
-        starts[b] += 1
-        # zeros pile up harmlessly: equal keys need no moves
-        if keys[j] != 0:
-            worst = max(worst, starts[b])
-    return worst <= longest
+            other[order[r]] = r
+        for j in range(n):
+            chance = density + window * (np.float64(2 * other[j] - (n - 1)) / last)
+            kept = np.float64(bits(u32(start + at + j), k0, k1)) < np.floor(chance * 4294967296.0)
+            value = x[at + j] / chance if rescale else x[at + j]
+            x[at + j] = value if kept else 0.0

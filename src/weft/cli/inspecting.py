@@ -1,0 +1,142 @@
+"""`weft inspect`: what a checkpoint holds, as a few lines and a table of name patterns."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from weft.analysis.groups import patterns
+from weft.checkpoints.base import Checkpoint
+from weft.checkpoints.dtypes import dtype_name
+from weft.checkpoints.load import load
+from weft.cli.output import console, figure, one_line, percent, print_json, shape_text, table
+from weft.engine.budget import show_size
+from weft.methods.layers import count_layers
+
+if TYPE_CHECKING:
+    from weft.analysis.values import Values
+
+FACTS = (
+    "architectures", "model_type", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "vocab_size", "max_position_embeddings", "dtype",
+    "torch_dtype",
+)  # fmt: skip
+"""Keys of config.json worth a line."""
+
+
+def inspect_model(model: str, values: bool, as_json: bool) -> None:
+    """Print what a checkpoint holds; with `values` also what its numbers look like."""
+    checkpoint = load(model)
+    found: dict[str, Values] | None = None
+    if values:
+        from weft.analysis.parallel import in_parallel
+        from weft.analysis.values import survey_values
+
+        with in_parallel():
+            found = survey_values(checkpoint)
+    told = describe(checkpoint)
+    if as_json:
+        if found is not None:
+            for tensor in told["tensors"]:
+                tensor["values"] = found[tensor["name"]].to_json()
+        print_json(told)
+        return
+    _show_facts(told)
+    _show_tensors(checkpoint, found)
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A checkpoint as plain data."""
+    infos = checkpoint.tensors
+    parameters: Counter[str] = Counter()
+    for info in infos.values():
+        parameters[dtype_name(info.dtype)] += info.numel
+    return {
+        "origin": checkpoint.origin,
+        "format": _format(checkpoint),
+        "files": [{"path": f.path, "bytes": f.size} for f in checkpoint.files],
+        "tensor_count": len(infos),
+        "parameters": sum(i.numel for i in infos.values()),
+        "bytes": checkpoint.nbytes,
+        "dtypes": dict(parameters),
+        "layers": {stack.removesuffix("."): n for stack, n in count_layers(infos).items()},
+        "tied": dict(checkpoint.aliases),
+        "config": None if checkpoint.config is None else dict(checkpoint.config),
+        "assets": [a.name for a in checkpoint.assets],
+        "skipped": list(getattr(checkpoint, "skipped", ())),
+        "tensors": [
+            {"name": n, "shape": list(i.shape), "dtype": dtype_name(i.dtype), "bytes": i.nbytes}
+            for n, i in infos.items()
+        ],
+    }
+
+
+def _format(checkpoint: Checkpoint) -> str:
+    paths = {f.path.split("?")[0] for f in checkpoint.files}
+    kinds = {"safetensors" if p.endswith(".safetensors") else "torch" for p in paths}
+    made = {"Adapted": ", a base with an adapter", "Dequantised": ", 8-bit codes shown as their values"}
+    return (" and ".join(sorted(kinds)) or "memory") + made.get(type(checkpoint).__name__, "")
+
+
+def _show_facts(told: Mapping[str, Any]) -> None:
+    def line(label: str, text: str) -> None:
+        if text:
+            print(f"{label:<12}{text}")
+
+    def some(items: list[str]) -> str:
+        more = f", … {len(items) - 8} more" if len(items) > 8 else ""
+        return ", ".join(map(one_line, items[:8])) + more
+
+    files = told["files"]
+    size = show_size(sum(f["bytes"] for f in files))
+    line("model", one_line(told["origin"]))
+    line("format", f"{told['format']} ({len(files)} file{'s' * (len(files) != 1)}, {size})")
+    line("tensors", f"{told['tensor_count']:,}, {show_size(told['bytes'])}")
+    dtypes = told["dtypes"]
+    each = "" if len(dtypes) == 1 else ": " + ", ".join(f"{n:,} {d}" for d, n in dtypes.items())
+    line("parameters", f"{told['parameters']:,}{each or ' ' + next(iter(dtypes), '')}")
+    line("blocks", ", ".join(f"{one_line(s) or '(top)'}: {n}" for s, n in told["layers"].items()))
+    config = told["config"] or {}
+    text = config.get("text_config")
+    every = {**(text if isinstance(text, Mapping) else {}), **config}
+    facts = [f"{k} {_fact(every[k])}" for k in FACTS if every.get(k) is not None]
+    line("config", one_line(", ".join(facts)))
+    line("tied", some([f"{a} → {t}" for a, t in told["tied"].items()]))
+    line("carries", some(told["assets"]))
+    line("skipped", some(told["skipped"]))
+
+
+def _fact(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _show_tensors(checkpoint: Checkpoint, found: Mapping[str, Values] | None) -> None:
+    columns = ["tensors", ">count", ">shape", "dtype", ">parameters"]
+    if found is not None:
+        columns += [">norm", ">rms", ">min", ">max", ">zeros", ">NaN", ">infinite"]
+    listed = table(*columns)
+    for group in patterns(checkpoint.tensors):
+        info, count = group.info, len(group.names)
+        row = [one_line(group.pattern), f"×{count}" if count > 1 else "", shape_text(info.shape),
+               dtype_name(info.dtype), f"{info.numel * count:,}"]  # fmt: skip
+        if found is not None:
+            row += _figures(found, group.names)
+        listed.add_row(*row)
+    print()
+    console().print(listed)
+    spoilt = [n for n, v in (found or {}).items() if v.nan or v.inf]
+    if spoilt:
+        print(f"\nNaN or infinite values in {len(spoilt)} tensor{'s' * (len(spoilt) != 1)}:")
+        for name in spoilt[:20]:
+            print(f"  {one_line(name)}")
+        if len(spoilt) > 20:
+            print(f"  … and {len(spoilt) - 20} more; see --json")
+
+
+def _figures(found: Mapping[str, Values], names: tuple[str, ...]) -> list[str]:
+    from weft.analysis.values import Values
+
+    v = Values.total(found[n] for n in names)
+    return [figure(v.norm), figure(v.rms), figure(v.min), figure(v.max), percent(v.zero_fraction),
+            f"{v.nan:,}", f"{v.inf:,}"]  # fmt: skip
