@@ -1,0 +1,48 @@
+"""Section 2.2.2.3: symmetries of networks, finding them, and what two models have between them."""
+
+from __future__ import annotations
+
+from weft.systems import System
+
+SYSTEMS = (
+    System("M12", "LMC barrier / instability", "2.2.2.3", "analysis",
+           "Frankle et al., ICML 2020, arXiv:1912.05671",
+           "How far the loss rises on the straight line between two models above that of its ends."),
+    System("M13", "Entezari SA search", "2.2.2.3", "alignment",
+           "Entezari et al., ICLR 2022, arXiv:2110.06296",
+           "Searches permutations by simulated annealing to show that they remove most of the barrier."),
+    System("M14", "Layer-wise LMC", "2.2.2.3", "analysis", "Adilova et al., ICLR 2024",
+           "The barrier when only some layers are interpolated."),
+    System("M15", "LLFC", "2.2.2.3", "analysis", "Zhou et al., NeurIPS 2023",
+           "Features of an interpolated network are the interpolation of the features, layer by layer."),
+    System("M16", "OTFusion", "2.2.2.3", "alignment", "Singh & Jaggi, NeurIPS 2020, arXiv:1910.05653",
+           "Matches neurons layer by layer by optimal transport, then averages.", aliases=("S95",)),
+    System("M17", "Transformer OT", "2.2.2.3", "alignment", "Imfeld et al., ICLR 2024, arXiv:2310.05719",
+           "Optimal transport for transformers: soft matchings that agree along residual streams."),
+    System("M18", "NeuronAlignment", "2.2.2.3", "alignment", "Tatro et al., NeurIPS 2020, arXiv:2009.02439",
+           "Matches neurons by correlation before a low-loss curve between two models is trained."),
+    System("M19", "CCAMerge", "2.2.2.3", "alignment", "Horoi et al., ICML 2024",
+           "Aligns features by canonical correlation, which mixes neurons rather than permuting them."),
+    System("M20", "Activation matching", "2.2.2.3", "alignment",
+           "Ainsworth et al., Git Re-Basin, ICLR 2023, arXiv:2209.04836",
+           "Permutes units so that the activations of two models correlate most."),
+    System("M21", "Weight matching", "2.2.2.3", "alignment",
+           "Ainsworth et al., Git Re-Basin, ICLR 2023, arXiv:2209.04836",
+           "Permutes units, layer after layer, so that the weights of two models agree most; needs no data."),
+    System("M22", "STE matching", "2.2.2.3", "alignment",
+           "Ainsworth et al., Git Re-Basin, ICLR 2023, arXiv:2209.04836",
+           "Learns the permutation by the loss of the midpoint, with a straight-through gradient."),
+    System("M23", "MergeMany", "2.2.2.3", "alignment",
+           "Ainsworth et al., Git Re-Basin, ICLR 2023, arXiv:2209.04836",
+           "Matches each of several models to the mean of the others until nothing moves."),
+    System("M24", "Sinkhorn Re-basin", "2.2.2.3", "alignment", "Peña et al., CVPR 2023, arXiv:2212.12042",
+           "Learns soft permutations through the Sinkhorn operator with implicit gradients."),
+    System("M25", "MuDSC", "2.2.2.3", "alignment", "Xu et al., CVPR 2024",
+           "Matches units by weights and activations at once."),
+    System("M26", "Deep-Align", "2.2.2.3", "alignment", "Navon et al., ICML 2024",
+           "A network that reads two networks and predicts the permutation between them."),
+    System("M27", "REPAIR", "2.2.2.3", "alignment", "Jordan et al., ICLR 2023, arXiv:2211.08403",
+           "Rescales units of an interpolated network so that their statistics are those of its ends."),
+    System("M28", "C2M3", "2.2.2.3", "alignment", "Crisostomi et al., NeurIPS 2024, arXiv:2405.17897",
+           "Matches many models through one universe, so that the permutations agree around every cycle."),
+)  # fmt: skip

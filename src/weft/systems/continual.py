@@ -1,0 +1,102 @@
+"""Section 2.4.1: learning one thing after the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import weft
+from weft.systems import System
+from weft.systems.weighted import GRID, Choice, grid_search
+
+if TYPE_CHECKING:
+    from weft.api import Model
+    from weft.checkpoints.base import Checkpoint
+
+
+def magmax(models: Sequence[Model], base: Model, scale: float = 0.5) -> Checkpoint:
+    """θ0 + λ times every parameter's largest change. `models`: one run, after each of its tasks in turn."""
+    return weft.merge(models, "magmax", base=base, scale=scale)
+
+
+def paint(
+    zero_shot: Model,
+    fine_tuned: Model,
+    patch: Callable[[Checkpoint], float],
+    supported: Callable[[Checkpoint], float],
+    grid: Sequence[float] = GRID,
+) -> Choice:
+    """(1−α)θ0 + αθ1 with the α whose mean of `patch` and `supported` accuracy is highest.
+
+    Fine-tune with the head frozen, and measure both on validation data.
+    """
+    return grid_search(
+        lambda alpha: weft.merge([fine_tuned], "wise_ft", base=zero_shot, alpha=alpha),
+        lambda made: (patch(made) + supported(made)) / 2,
+        grid,
+    )
+
+
+def lm_cocktail(
+    models: Sequence[Model],
+    losses: Sequence[float],
+    fine_tuned: Model,
+    alpha: float = 0.5,
+    temperature: float = 5.0,
+) -> Checkpoint:
+    """αθ_ft + (1−α) Σ wᵢθᵢ, w = softmax(−ℓ/T), ℓᵢ the loss of model i on a few examples of the target.
+
+    `models` are the base and whatever else has been fine-tuned from it.
+    """
+    nearest = min(losses)
+    shares = [math.exp((nearest - loss) / temperature) for loss in losses]
+    rest = [(1 - alpha) * share / sum(shares) for share in shares]
+    return weft.merge([fine_tuned, *models], "linear", weight=[alpha, *rest])
+
+
+TESTS = "tests/systems/test_continual.py::"
+HERE = "weft.systems.continual:"
+
+SYSTEMS = (
+    System("S45", "Tangent Model Composition (TMC)", "2.4.1.1", "training", "Liu & Soatto, ICCV 2023",
+           "Trains each task in the tangent space of one model and averages."),
+    System("S46", "ITA / IEL", "2.4.1.1", "training", "Porrello et al., ICLR 2025, arXiv:2405.16350",
+           "Keeps each task's weights where a quadratic model of the loss holds, so that they add up."),
+    System("S47", "WARP", "2.4.1.1", "training", "Ramé et al., 2024, arXiv:2406.16768",
+           "Rounds of rewarded training from an averaged anchor, SLERP of the policies, and a step back."),
+    System("S48", "BaM (Branch-and-Merge)", "2.4.1.1", "training",
+           "Alexandrov et al., EMNLP Findings 2024, arXiv:2407.08699",
+           "Trains copies on slices of the data and merges them before the next slices."),
+    System("S49", "MagMax", "2.4.1.1", "merge", "Marczak et al., ECCV 2024, arXiv:2407.06322",
+           "Of models trained one after the other, keeps every parameter's largest change.",
+           entry=HERE + "magmax",
+           test=TESTS + "test_largest_changes_of_a_sequence_beat_the_mean_of_independent_experts"),
+    System("S50", '"Equifinality"', "2.4.1.1", "study", "none: no such paper is known",
+           "No system: most likely an adverb that a translation took for a name. The sentence is about "
+           "two-point interpolation, so the row runs weft.wise_ft.",
+           entry="weft:wise_ft", test=TESTS + "test_two_point_interpolation_passes_between_its_ends"),
+    System("S51", "PAINT", "2.4.1.1", "merge", "Ilharco et al., NeurIPS 2022, arXiv:2208.05592",
+           "Patches a model for a task by interpolating to its fine-tuned self as far as the rest allows.",
+           entry=HERE + "paint", test=TESTS + "test_paint_patches_a_task_and_keeps_what_was_supported"),
+    System("S52", "LM-Cocktail", "2.4.1.1", "merge", "Xiao et al., ACL Findings 2024, arXiv:2311.13534",
+           "Averages a fine-tuned model with its relatives, weighed by their loss on a few examples.",
+           entry=HERE + "lm_cocktail",
+           test=TESTS + "test_a_cocktail_keeps_general_accuracy_and_most_of_the_target"),
+    System("S53", "Task arithmetic with LoRA for CL (Chitale)", "2.4.1.1", "training",
+           "Chitale et al., NeurIPS workshop 2023, arXiv:2311.02428",
+           "Adds the LoRAs of all tasks, then tunes on ten examples a class."),
+    System("S54", "DynaMMo", "2.4.1.1", "training", "Qazi et al., 2024, arXiv:2404.14099",
+           "Averages one adapter a task, then re-trains the heads on a small memory."),
+    System("S55", "DAM dynamic adapter merging", "2.4.1.1", "inference",
+           "Cheng et al., 2024, arXiv:2403.08755",
+           "Merges adapters for each input by its distance from the data they were trained on."),
+    System("S56", "AMM inside ADM (novel class discovery)", "2.4.1.1", "training",
+           "Chen et al., AAAI 2024, arXiv:2403.03382",
+           "Folds a parallel branch for novel classes into the convolution beside it, exactly."),
+    System("S57", "Disperse-Then-Merge", "2.4.1.1", "training",
+           "Fu et al., ACL Findings 2024, arXiv:2405.13432",
+           "Instruction-tunes a model a random shard of the data and averages them."),
+    System("S58", "EWC comparator", "2.4.1.1", "training", "Kirkpatrick et al., PNAS 2017, arXiv:1612.00796",
+           "Penalises moving weights that earlier tasks depend on."),
+)  # fmt: skip

@@ -1,0 +1,25 @@
+"""Section 2.4.2: several tasks, objectives, domains, and auxiliary tasks."""
+
+from __future__ import annotations
+
+from weft.systems import System
+
+SYSTEMS = (
+    System("S59", "MTL by TA / TIES / AdaMerging / Concrete / Surgery", "2.4.2.1", "study",
+           "Tang et al., FusionBench, arXiv:2406.03280",
+           "The protocol by which mergers of section 2.2 are compared as multi-task learners."),
+    System("S60", "ZipIt! for MTL", "2.4.2.1", "alignment", "Stoica et al., ICLR 2024, arXiv:2305.03053",
+           "Zips correlated features of models of different tasks and starts, up to a layer."),
+    System("S61", "L-LoRA partial linearisation", "2.4.2.1", "training",
+           "Tang et al., ICLR 2024, arXiv:2310.04742", "Linearised adapters, merged for several tasks."),
+    System("S62", "PWE-MoE Pareto set", "2.4.2.2", "inference", "Tang et al., 2024, arXiv:2406.09770",
+           "One model whose gates turn a preference into weights."),
+    System("S63", "MAP amortised Pareto fronts", "2.4.2.2", "search", "Li et al., 2024, arXiv:2406.07529",
+           "Fits quadratic models of the metrics over the coefficients and evolves the front on them."),
+    System("S64", "ViT merging with gating and weight similarity (Ye)", "2.4.2.3", "inference",
+           "Ye et al., 2023, arXiv:2312.16240", "Merges similar layers once and dissimilar ones by input."),
+    System("S65", "Branch-Train-Merge", "2.4.2.3", "training", "Li et al., 2022, arXiv:2208.03306",
+           "Grows a forest of domain experts and mixes or averages them by the domain's posterior."),
+    System("S66", "ForkMerge", "2.4.2.4", "training", "Jiang et al., NeurIPS 2023, arXiv:2301.12618",
+           "Forks training over weights of auxiliary tasks and merges by validation, again and again."),
+)  # fmt: skip

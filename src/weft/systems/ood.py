@@ -1,0 +1,134 @@
+"""Section 2.4.3: shifts of distribution, and domains never seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import weft
+from weft.systems import System
+from weft.systems.basic import weight_average
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from weft.api import Model
+    from weft.checkpoints.base import Checkpoint
+
+
+def wise_ft(zero_shot: Model, fine_tuned: Model, alpha: float = 0.5) -> Checkpoint:
+    """(1−α)θ0 + αθ1, every weight, the head too."""
+    return weft.merge([fine_tuned], "wise_ft", base=zero_shot, alpha=alpha)
+
+
+def uniform_soup(models: Sequence[Model]) -> Checkpoint:
+    """The mean of runs from one start."""
+    return weight_average(models)
+
+
+def greedy_soup(
+    models: Sequence[Model], score: Callable[[Checkpoint], float]
+) -> tuple[Checkpoint, list[int]]:
+    """From the best model down, each is kept if the mean with it scores no worse; and which were kept.
+
+    `score` is on held-out data that nothing is reported on. Every mean is lazy: only `score` reads it.
+    """
+    alone = [score(weft.load(m)) for m in models]
+    order = sorted(range(len(models)), key=lambda i: -alone[i])
+    kept, best = order[:1], alone[order[0]]
+    for i in order[1:]:
+        found = score(uniform_soup([models[j] for j in (*kept, i)]))
+        if found >= best:
+            kept, best = [*kept, i], found
+    return uniform_soup([models[j] for j in kept]), kept
+
+
+def learned_soup(
+    models: Sequence[Model],
+    loss: Callable[[Mapping[str, Tensor]], Tensor],
+    steps: int = 50,
+    rate: float = 0.05,
+) -> tuple[Checkpoint, list[float]]:
+    """Weights on the simplex (softmax) learned by AdamW on `loss(state dict)`; and the weights.
+
+    Holds every model in memory while it learns. Start without runs that have left the others' basin.
+    `loss` is on held-out data, e.g. the cross-entropy of `torch.func.functional_call(module, state, inputs)`.
+    """
+    import torch
+
+    states = [weft.load(m).state_dict() for m in models]
+    logits = torch.zeros(len(states), requires_grad=True)
+    optimizer = torch.optim.AdamW([logits], lr=rate, weight_decay=0.0)
+    for _ in range(steps):
+        share = logits.softmax(0)
+        mixed = {n: sum(w * s[n].float() for w, s in zip(share, states, strict=True)) for n in states[0]}
+        optimizer.zero_grad()
+        loss(mixed).backward()  # type: ignore[arg-type, no-untyped-call]
+        optimizer.step()
+    weights = logits.detach().double().softmax(0).tolist()
+    return weight_average(models, weights), weights
+
+
+def model_stock(models: Sequence[Model], base: Model) -> Checkpoint:
+    """From the base towards the mean of a few runs, as far as the angle between them says."""
+    return weft.merge(models, "model_stock", base=base)
+
+
+TESTS = "tests/systems/test_ood.py::"
+HERE = "weft.systems.ood:"
+
+SYSTEMS = (
+    System("S67", "SWA", "2.4.3.1", "training", "Izmailov et al., UAI 2018, arXiv:1803.05407",
+           "The mean of the weights at the ends of late epochs."),
+    System("S68", "PSWA (periodic SWA)", "2.4.3.1", "training", "Guo et al., 2022",
+           "Averages in periods and restarts training from each average."),
+    System("S69", "Mean Teacher", "2.4.3.1", "training",
+           "Tarvainen & Valpola, NeurIPS 2017, arXiv:1703.01780",
+           "A teacher that is the moving average of its student, whose outputs it must match."),
+    System("S70", "Late-phase weights", "2.4.3.1", "training",
+           "von Oswald et al., ICLR 2021, arXiv:2007.12927",
+           "Several copies of a few weights late in training, averaged at the end."),
+    System("S71", "SWALP", "2.4.3.1", "training", "Yang et al., ICML 2019, arXiv:1904.11943",
+           "SWA over a run in low precision, which averages its rounding noise away."),
+    System("S72", "WiSE-FT", "2.4.3.1", "merge", "Wortsman et al., CVPR 2022, arXiv:2109.01903",
+           "Interpolates between a zero-shot model and its fine-tune, and keeps robustness.",
+           entry=HERE + "wise_ft", test=TESTS + "test_wise_ft_regains_robustness_at_little_cost"),
+    System("S73", "ASWA adaptive SWA", "2.4.3.1", "training", "Demir et al., JMLR 2024, arXiv:2406.19092",
+           "Takes an epoch into the average only if validation does not suffer."),
+    System("S74", "TWA trainable weight averaging", "2.4.3.1", "training", "Li et al., ICLR 2023",
+           "Trains in the span of a run's checkpoints."),
+    System("S75", "Model Soups (uniform, greedy, learned)", "2.4.3.1", "merge",
+           "Wortsman et al., ICML 2022, arXiv:2203.05482",
+           "Averages fine-tunes of one model with different settings: all, those that help, or by weight.",
+           entry=HERE + "greedy_soup",
+           test=TESTS + "test_a_greedy_soup_leaves_out_a_bad_run_and_a_learned_one_lowers_the_loss"),
+    System("S76", "Sparse Model Soups", "2.4.3.1", "training", "Zimmer et al., ICLR 2024, arXiv:2306.16788",
+           "Averages re-trainings of one pruned model, which share its mask."),
+    System("S77", "AdapterSoup", "2.4.3.1", "inference",
+           "Chronopoulou et al., EACL Findings 2023, arXiv:2302.07027",
+           "Averages the adapters of the domains nearest to a new one."),
+    System("S78", "Model Ratatouille", "2.4.3.1", "training", "Ramé et al., ICML 2023, arXiv:2212.10445",
+           "Fine-tunes on the target from several auxiliary fine-tunes and averages."),
+    System("S79", "WARM", "2.4.3.1", "training", "Ramé et al., ICML 2024, arXiv:2401.12187",
+           "Averages reward models, which are then harder to exploit."),
+    System("S80", "PAPA (+ PAPA-all, PAPA-2)", "2.4.3.1", "training",
+           "Jolicoeur-Martineau et al., TMLR 2024, arXiv:2304.03094",
+           "Trains a population whose members are pulled towards their mean."),
+    System("S81", "WASH", "2.4.3.1", "training", "Fournier et al., 2024, arXiv:2405.17517",
+           "Shuffles parameters among the members of a population so that they stay mergeable."),
+    System("S82", "DART", "2.4.3.1", "training", "Jain et al., CVPR 2023, arXiv:2302.14685",
+           "Trains a branch an augmentation and averages them from time to time."),
+    System("S83", "DiWA", "2.4.3.1", "training", "Ramé et al., NeurIPS 2022, arXiv:2205.09739",
+           "Averages diverse runs from one start and one linear probe."),
+    System("S84", "Model Stock", "2.4.3.1", "merge", "Jang et al., ECCV 2024, arXiv:2403.19522",
+           "Finds the robust centre of two runs from their angle at the base.", entry=HERE + "model_stock",
+           test=TESTS + "test_the_stock_of_two_runs_is_more_robust_than_their_mean"),
+    System("S85", "MEHL-Soup", "2.4.3.1", "search", "Li et al., ECCV 2024, arXiv:2407.03641",
+           "Learns signed soup weights on a hyperplane, a few models at a time."),
+    System("S86", "Lookaround", "2.4.3.1", "training", "Zhang et al., NeurIPS 2023, arXiv:2306.07684",
+           "An optimiser that steps along several augmentations and averages every few steps."),
+    System("S87", "SWAD", "2.4.3.2", "training", "Cha et al., NeurIPS 2021, arXiv:2102.08604",
+           "Averages every iterate while the validation loss lies in its valley."),
+    System("S88", "EoA ensemble of averages", "2.4.3.2", "inference",
+           "Arpit et al., NeurIPS 2022, arXiv:2110.10832", "An ensemble of averaged runs."),
+)  # fmt: skip

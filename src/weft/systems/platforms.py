@@ -1,0 +1,15 @@
+"""Section 2.1: the baseline that merging is contrasted with, and the platforms before weft."""
+
+from __future__ import annotations
+
+from weft.systems import System
+
+SYSTEMS = (
+    System("M01", "Output ensemble", "2.1", "inference", "Hansen & Salamon, Neural network ensembles, 1990",
+           "Averages the outputs of several models; what one merged model is compared with."),
+    System("M02", "MergeKit (its recipes run unchanged)", "2.1", "platform",
+           "Goddard et al., arXiv:2403.13257",
+           "Merges language models by recipe. Recipes of whole models run; slices do not yet."),
+    System("M03", "FusionBench (its methods on any module, its suites)", "2.1", "platform",
+           "Tang et al., arXiv:2406.03280", "Runs merging algorithms over pools of models and tasks."),
+)  # fmt: skip

@@ -1,0 +1,130 @@
+"""Section 2.4.3: robustness to corrupted images, which fine-tuning on clean ones costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from lab import UPRIGHT, Data, correct, tuned
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from weft.checkpoints.base import Checkpoint
+from weft.demo.network import DigitNet, network
+from weft.demo.tasks import examples
+from weft.demo.train import fit, joined
+from weft.systems.ood import greedy_soup, learned_soup, model_stock, uniform_soup, wise_ft
+
+
+def corrupted(data: Data, seed: int) -> list[Data]:
+    """Noise, blur, low contrast, a shift."""
+    x, y = data
+    generator = torch.Generator().manual_seed(seed)
+    blurred = F.conv2d(x.reshape(-1, 1, 8, 8), torch.ones(1, 1, 3, 3) / 9, padding=1).flatten(1)
+    shifted = x.reshape(-1, 8, 8).roll(1, 2).flatten(1)
+    noisy = x + 0.9 * torch.randn(x.shape, generator=generator)
+    return [(noisy, y), (blurred, y), (0.35 * x - 0.3, y), (shifted, y)]
+
+
+CLEAN = examples(UPRIGHT, "test")
+VALIDATION = examples(UPRIGHT, "validation")
+SHIFTED = corrupted(CLEAN, 99)
+RUNS = ((3e-4, 8), (1e-3, 8), (1e-3, 12), (2e-3, 8), (1.5e-2, 8))
+"""Rate and epochs of the fine-tunes in a soup; the last rate is far too high."""
+
+
+def robust(model: object) -> float:
+    """Mean accuracy on the corrupted test images."""
+    return sum(correct(model, d) for d in SHIFTED) / len(SHIFTED)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A model trained a little on everything, and fine-tunes of it on clean images."""
+
+    zero_shot: DigitNet
+    long: DigitNet
+    soup: list[DigitNet]
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[Runs]:
+    made = []
+    few: Data = tuple(v[:250] for v in examples(UPRIGHT, "pretrain"))  # type: ignore[assignment]
+    train = examples(UPRIGHT, "train")
+    for seed in (1, 2, 3):
+        net = DigitNet(torch.Generator().manual_seed(seed))
+        fit(net, joined([few, *corrupted(few, seed)]), epochs=15, rate=1e-3, seed=seed, head=True)
+        start = network(net.state_dict())
+        long = tuned(start, train, seed, epochs=25, rate=1e-3)
+        soup = [
+            tuned(start, train, 10 * seed + i, epochs=epochs, rate=rate)
+            for i, (rate, epochs) in enumerate(RUNS)
+        ]
+        made.append(Runs(start, long, soup))
+    return made
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def test_wise_ft_regains_robustness_at_little_cost(runs: list[Runs]) -> None:
+    over_zero_shot = []
+    for r in runs:
+        made = wise_ft(r.zero_shot, r.long)
+        assert correct(r.long, CLEAN) > correct(r.zero_shot, CLEAN) + 0.02
+        assert robust(made) > robust(r.long) + 0.01
+        assert correct(made, CLEAN) > correct(r.long, CLEAN) - 0.02
+        assert correct(made, CLEAN) > correct(r.zero_shot, CLEAN) + 0.015
+        over_zero_shot.append(robust(made) - robust(r.zero_shot))
+    assert mean(over_zero_shot) > 0
+
+
+def validated(model: Checkpoint) -> float:
+    return correct(model, VALIDATION)
+
+
+def validation_loss(state: object) -> Tensor:
+    inputs, labels = VALIDATION
+    return F.cross_entropy(functional_call(DigitNet(), state, inputs), labels)  # type: ignore[arg-type]
+
+
+def test_a_greedy_soup_leaves_out_a_bad_run_and_a_learned_one_lowers_the_loss(runs: list[Runs]) -> None:
+    outlier = len(RUNS) - 1
+    for r in runs:
+        uniform = uniform_soup(r.soup)
+        greedy, kept = greedy_soup(r.soup, validated)
+        assert outlier not in kept
+        assert validated(greedy) >= max(correct(m, VALIDATION) for m in r.soup)
+        assert correct(greedy, CLEAN) > correct(uniform, CLEAN) + 0.01
+        assert correct(greedy, CLEAN) > max(correct(m, CLEAN) for m in r.soup) - 0.01
+
+        # from equal weights; a run in another basin would lead the gradient astray
+        good = r.soup[:outlier]
+        learned, weights = learned_soup(good, validation_loss)
+        assert sum(weights) == pytest.approx(1) and max(weights) - min(weights) > 0.01
+        found = float(validation_loss(learned.state_dict()))
+        assert found < float(validation_loss(uniform_soup(good).state_dict()))
+        assert correct(learned, CLEAN) > correct(uniform, CLEAN) + 0.01
+
+
+def test_the_stock_of_two_runs_is_more_robust_than_their_mean(runs: list[Runs]) -> None:
+    gains, costs = [], []
+    for r in runs:
+        two = r.soup[2:4]
+        stock, average = model_stock(two, r.zero_shot), uniform_soup(two)
+        gains.append(robust(stock) - robust(average))
+        costs.append(correct(average, CLEAN) - correct(stock, CLEAN))
+    assert min(gains) > -0.002 and mean(gains) > 0.004
+    assert mean(costs) < 0.01
+
+
+def test_the_stock_of_equals_is_they_and_of_strangers_the_base() -> None:
+    base = {"w": torch.zeros(2)}
+    a, b = {"w": torch.tensor([2.0, 0.0])}, {"w": torch.tensor([0.0, 2.0])}
+    torch.testing.assert_close(model_stock([a, dict(a)], base).tensor("w").float(), a["w"])
+    torch.testing.assert_close(model_stock([a, b], base).tensor("w").float(), base["w"])
