@@ -115,9 +115,7 @@ def make_plan(
     )  # fmt: skip
 
 
-def _range_cost(
-    checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], chunk: int, whole: bool
-) -> int:
+def _range_cost(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], chunk: int, whole: bool) -> int:
     """The most that one range takes, over all tensors (or only those that may be cut)."""
     cost = 0
     for name, info in tensors.items():

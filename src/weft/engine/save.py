@@ -15,7 +15,7 @@ import torch
 
 from weft.checkpoints.base import Checkpoint
 from weft.checkpoints.execution import Execution, executing, execution, map_here
-from weft.engine.budget import Budget, default_memory, parse_size
+from weft.engine.budget import TIGHT, Budget, default_memory, keep_no_large_blocks, parse_size
 from weft.engine.digest import RunningDigest
 from weft.engine.plan import Plan, make_plan
 from weft.engine.pool import WorkPool
@@ -179,6 +179,8 @@ def survey(plan: Plan) -> None:
 @contextmanager
 def working(plan: Plan, how: Settings) -> Iterator[WorkPool]:
     """Threads, and an execution in force that uses them."""
+    if plan.memory < TIGHT:
+        keep_no_large_blocks(plan.chunk)
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # weft's own threads share the ranges; nested ones would only contend
     kernels = None

@@ -8,18 +8,19 @@ base where the method works on task vectors, run the steps in float64, add the b
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from weft.checkpoints.base import Asset, Checkpoint, TensorInfo
-from weft.checkpoints.dtypes import is_mergeable, round_to
+from weft.checkpoints.dtypes import round_to
 from weft.checkpoints.execution import execution, ranges
-from weft.errors import DataError, DataProblems, UsageError
+from weft.errors import DataError, UsageError
 from weft.methods.layers import block_of, count_layers
+from weft.methods.parts import Part, parts_of, stored_name
 from weft.methods.registry import Method
 from weft.methods.step import At, Bound, Pipeline, row_length
 
@@ -27,16 +28,6 @@ Missing = Literal["error", "carry", "available"]
 Mismatch = Literal["error", "carry"]
 Params = Callable[[At], Mapping[str, Any]]
 Found = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Part:
-    """How one output tensor comes about: merged from `sources` (indices of models), or carried."""
-
-    info: TensorInfo
-    sources: tuple[int, ...] = ()
-    carried_from: Checkpoint | None = None
-    reason: str = ""
 
 
 class Merge(Checkpoint):
@@ -76,7 +67,7 @@ class Merge(Checkpoint):
             fixed = method.check(params or {})
             method.pipeline(**fixed)  # says at once what no tensor could accept
             self._params = lambda at: fixed
-        self._parts = _parts(self)
+        self._parts = parts_of(self)
         self._tensors = {n: p.info for n, p in self._parts.items()}
         self._layers = count_layers(self._parts)
         self._pipelines: dict[str, Pipeline] = {}
@@ -145,34 +136,34 @@ class Merge(Checkpoint):
     def grain(self, name: str) -> int:
         part = self.part(name)
         if part.carried_from is not None:
-            return part.carried_from.grain(_stored(part.carried_from, name))
+            return part.carried_from.grain(stored_name(part.carried_from, name))
         from math import lcm
 
         own = self.pipeline(name).grain
         numel, shape = max(1, part.info.numel), part.info.shape
         mine = {"element": 1, "row": row_length(shape), "tensor": numel}[own]
-        return min(lcm(mine, *(s.grain(_stored(s, name)) for s in self._sources(name))), numel)
+        return min(lcm(mine, *(s.grain(stored_name(s, name)) for s in self._sources(name))), numel)
 
     def prefetch(self, name: str, start: int = 0, stop: int | None = None) -> None:
         carried = self.part(name).carried_from
         for source in (carried,) if carried is not None else self._sources(name):
-            source.prefetch(_stored(source, name), start, stop)
+            source.prefetch(stored_name(source, name), start, stop)
 
     def bytes_read(self, name: str) -> int:
         part = self.part(name)
         if part.carried_from is not None:
-            return part.carried_from.bytes_read(_stored(part.carried_from, name))
+            return part.carried_from.bytes_read(stored_name(part.carried_from, name))
         passes = 1 + sum(b.step.stat.rounds() for b in self.pipeline(name).steps if b.step.stat)
-        return passes * sum(s.bytes_read(_stored(s, name)) for s in self._sources(name))
+        return passes * sum(s.bytes_read(stored_name(s, name)) for s in self._sources(name))
 
     def held_bytes(self, name: str) -> int:
         part = self.part(name)
         if part.carried_from is not None:
             return 0
-        inner = sum(s.held_bytes(_stored(s, name)) for s in self._sources(name))
+        inner = sum(s.held_bytes(stored_name(s, name)) for s in self._sources(name))
         passes = any(b.step.stat and b.scope == "tensor" for b in self.pipeline(name).steps)
         return inner + passes * sum(
-            part.info.numel * (8 if s.inputs else s.info(_stored(s, name)).dtype.itemsize)
+            part.info.numel * (8 if s.inputs else s.info(stored_name(s, name)).dtype.itemsize)
             for s in self._sources(name)
         )
 
@@ -184,7 +175,7 @@ class Merge(Checkpoint):
         if any(b.step.stat and b.scope == "tensor" for b in self.pipeline(name).steps):
             readers = self.readers(name)
             self._held[name] = execution().map(
-                lambda s: None if s is None else s.read(_stored(s, name)), readers
+                lambda s: None if s is None else s.read(stored_name(s, name)), readers
             )
 
     def release(self, name: str) -> None:
@@ -196,9 +187,9 @@ class Merge(Checkpoint):
     def working_bytes(self, name: str, count: int) -> int:
         part = self.part(name)
         if part.carried_from is not None:
-            return part.carried_from.working_bytes(_stored(part.carried_from, name), count)
+            return part.carried_from.working_bytes(stored_name(part.carried_from, name), count)
         sources = self._sources(name)
-        inner = sum(s.working_bytes(_stored(s, name), count) for s in sources)
+        inner = sum(s.working_bytes(stored_name(s, name), count) for s in sources)
         # the stack, and what the steps make of it: a few float64 copies (measured: below five a step)
         return inner + count * 8 * (5 * len(part.sources) + 4)
 
@@ -220,7 +211,7 @@ class Merge(Checkpoint):
     ) -> Tensor:
         part = self.part(name)
         if part.carried_from is not None:
-            return part.carried_from.read(_stored(part.carried_from, name), start, stop, dtype=dtype)
+            return part.carried_from.read(stored_name(part.carried_from, name), start, stop, dtype=dtype)
         stop = part.info.numel if stop is None else stop
         self.ready(name)
         kernels = execution().kernels
@@ -241,7 +232,7 @@ class Merge(Checkpoint):
             *models, base = (None if v is None else v[start:stop] for v in held)
         else:
             *models, base = (
-                None if s is None else s.read(_stored(s, name), start, stop) for s in self.readers(name)
+                None if s is None else s.read(stored_name(s, name), start, stop) for s in self.readers(name)
             )
         return [m for m in models if m is not None], base
 
@@ -316,9 +307,9 @@ class Merge(Checkpoint):
                     other = self.pipeline(name).steps[j]
                     if other.params != bound.params:
                         raise UsageError(
-                            f"{self.method.name}: with scope 'model' {bound.step.name} has one set of parameters "
-                            f"for the whole model, but {name!r} resolves to {dict(other.params)} and "
-                            f"{names[0]!r} to {dict(bound.params)}"
+                            f"{self.method.name}: with scope 'model' {bound.step.name} has one set of "
+                            f"parameters, but {name!r} resolves to {dict(other.params)} and {names[0]!r} to "
+                            f"{dict(bound.params)}"
                         )
                     self._tensor_statistics(name, upto=j)
                 self._found[("*", j)] = self._gather(j, bound, names)
@@ -359,12 +350,13 @@ class Merge(Checkpoint):
         ]
         numel = sum(self._parts[n].info.numel for n in names)
         memo: Any = None
+        hint = how.kernels.hint(self, names, j) if how.kernels is not None else None
 
         def summarise(item: tuple[str, int, int]) -> Any:
             name, start, stop = item
             steps = self.pipeline(name).steps
             if how.kernels is not None:
-                fused = how.kernels.partial(self, name, j, start, stop, memo)
+                fused = how.kernels.partial(self, name, j, start, stop, memo, hint)
                 if fused is not None:
                     return fused
             x, base = self.stack(name, start, stop)
@@ -381,7 +373,7 @@ class Merge(Checkpoint):
         return stat.result(memo, bound.params)
 
     def _stored_width(self, name: str) -> int:
-        return sum(s.info(_stored(s, name)).dtype.itemsize for s in self._sources(name))
+        return sum(s.info(stored_name(s, name)).dtype.itemsize for s in self._sources(name))
 
 
 def _fold(
@@ -408,60 +400,3 @@ def _fold(
 def _finite(values: Tensor) -> bool:
     wide = values.float() if values.dtype.itemsize == 1 else values
     return bool(wide.isfinite().all())
-
-
-def _stored(source: Checkpoint, name: str) -> str:
-    """The name a source keeps the tensor under: its own, or the one it is tied to."""
-    return name if name in source else source.aliases.get(name, name)
-
-
-def _has(source: Checkpoint, name: str) -> bool:
-    return name in source or source.aliases.get(name) in source.tensors
-
-
-def _output_names(inputs: Sequence[Checkpoint]) -> Iterator[str]:
-    """Every tensor of every input once: in the first input's order, then what the others add."""
-    seen: set[str] = set()
-    for source in inputs:
-        for name in source:
-            if name not in seen:
-                seen.add(name)
-                yield name
-
-
-def _parts(merge: Merge) -> dict[str, Part]:
-    """Decide for every output tensor, and list every problem at once."""
-    parts: dict[str, Part] = {}
-    problems: list[str] = []
-    for name in _output_names(merge.inputs):
-        holders = [s for s in merge.inputs if _has(s, name)]
-        info = holders[0].info(_stored(holders[0], name))
-        lacking = [s for s in merge.inputs if not _has(s, name)]
-        if not is_mergeable(info.dtype):
-            parts[name] = Part(info, carried_from=holders[0], reason=f"{info.dtype} is carried, not averaged")
-            continue
-        if lacking and merge.missing == "error":
-            problems.append(f"{name}: not in {', '.join(s.origin for s in lacking)}")
-            continue
-        shapes = {s.origin: s.info(_stored(s, name)).shape for s in holders}
-        if len(set(shapes.values())) > 1:
-            if merge.mismatch == "error":
-                told = ", ".join(f"{list(shape)} in {origin}" for origin, shape in shapes.items())
-                problems.append(f"{name}: shapes differ: {told}")
-            else:
-                parts[name] = Part(info, carried_from=holders[0], reason="shapes differ")
-            continue
-        sources = tuple(i for i, m in enumerate(merge.models) if _has(m, name))
-        too_few = len(sources) < merge.method.models[0] or (merge.base is not None and merge.base in lacking)
-        if lacking and (merge.missing == "carry" or too_few):
-            reason = f"not in {', '.join(s.origin for s in lacking)}"
-            parts[name] = Part(info, carried_from=holders[0], reason=reason)
-            continue
-        parts[name] = Part(info, sources)
-    if problems:
-        raise DataProblems(
-            f"{merge.origin} cannot be merged as it is: align the checkpoints, or choose a policy "
-            f"(missing: carry | available, mismatch: carry)",
-            problems,
-        )
-    return parts

@@ -8,6 +8,7 @@ the method callable on tensors. Engine, CLI, recipe schema and documentation rea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, Literal
 
@@ -45,6 +46,8 @@ class Method:
         self.base: BaseUse = base or ("required" if space == "deltas" else "forbidden")
         self.compat = {k: dict(v) for k, v in compat.items()}
         self.params: dict[str, Parameter] = signature_parameters(build)
+        self.steps: Pipeline | None = None
+        """The steps of an unregistered method that is nothing but them."""
 
     @property
     def summary(self) -> str:
@@ -91,8 +94,27 @@ class Method:
             raise UsageError(f"{self.name} works on weights and takes no base")
         return self.pipeline(**params)(x, at=at)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # by name, since a decorated function cannot be pickled; one of a script's own goes as it is
+        if METHODS.declared(self.name) is self and self.build_fn.__module__ != "__main__":
+            return _declared, (self.build_fn.__module__, self.name)
+        if self.steps is not None:
+            return pipeline_method, (self.steps, self.name)
+        return _remade, (vars(self),)
+
     def __repr__(self) -> str:
         return f"<method {self.name}: {self.summary}>"
+
+
+def _declared(module: str, name: str) -> Method:
+    import_module(module)
+    return METHODS[name]
+
+
+def _remade(state: dict[str, Any]) -> Method:
+    made = Method.__new__(Method)
+    vars(made).update(state)
+    return made
 
 
 def method(
@@ -139,6 +161,10 @@ class Registry(Mapping[str, Method]):
         self._aliases |= dict.fromkeys(made.aliases, made.name)
         return made
 
+    def declared(self, name: str) -> Method | None:
+        """The method of that very name, if it is declared already."""
+        return self._methods.get(name)
+
     def _load(self) -> dict[str, Method]:
         if not self._complete:
             self._complete = True
@@ -177,7 +203,9 @@ def pipeline_method(steps: Pipeline, name: str = "steps") -> Method:
 
     build.__name__ = name
     build.__doc__ = str(steps)
-    return Method(build, space="deltas", models=(1, None), paper="", base=None, compat={}, per_task=False)
+    made = Method(build, space="deltas", models=(1, None), paper="", base=None, compat={}, per_task=False)
+    made.steps = steps
+    return made
 
 
 __all__ = ["METHODS", "Method", "method", "pipeline_method"]

@@ -166,15 +166,17 @@ Value = Callable[[Tensor, Mapping[str, Any], "At"], Tensor]
 
 @dataclass(frozen=True)
 class Counted:
-    """Counts `[k, 1, 2**15]` of upper halves, and the keys whose lower half is not zero, per model.
+    """Counts `[k, 1, 2**15]` of upper halves, and those keys that a second pass is likely to ask for.
 
-    Differences of 16-bit weights are short numbers: few keys have a lower half, and keeping those makes the
-    second pass unnecessary. `rest` is None when they were too many to keep.
+    `rest` has, per model, the keys whose upper half lies in `bracket` `[k, 2]` (first, one past the last) and
+    whose lower half is not zero; None when they were too many to keep. Differences of 16-bit weights are
+    short numbers, with few lower halves, so that one pass is nearly always enough.
     """
 
     LIMIT: ClassVar[int] = 1 << 21
 
     counts: Tensor
+    bracket: Tensor
     rest: tuple[tuple[Tensor, ...], ...] | None
 
     @staticmethod
@@ -182,21 +184,22 @@ class Counted:
         counts = torch.stack([p.counts for p in parts]).sum(0)
         kept = [p.rest for p in parts if p.rest is not None]
         if len(kept) < len(parts):
-            return Counted(counts, None)
+            return Counted(counts, parts[0].bracket, None)
         rest = tuple(sum(rows, ()) for rows in zip(*kept, strict=True))
         few = all(sum(piece.numel() for piece in row) <= Counted.LIMIT for row in rest)
-        return Counted(counts, rest if few else None)
+        return Counted(counts, parts[0].bracket, rest if few else None)
 
     def lower_counts(self, prefix: Tensor) -> Tensor | None:
-        """Counts `[k, q, 2**16]` of lower halves below each prefix `[k, q]`; None where they were not kept."""
-        if self.rest is None:
+        """Counts `[k, q, 2**16]` of lower halves below each prefix `[k, q]`; None where they weren't kept."""
+        first, last = self.bracket[:, :1], self.bracket[:, 1:]
+        if self.rest is None or bool(((prefix < first) | (prefix >= last)).any()):
             return None
         digits = 1 << Select.DIGIT
         found = torch.zeros((*prefix.shape, digits), dtype=torch.int64)
         for i, pieces in enumerate(self.rest):
             row = torch.cat([torch.zeros(0, dtype=torch.int64), *(p.long() for p in pieces)])
             for q, p in enumerate(prefix[i].tolist()):
-                inside = row[(row >> 16) == p] & (digits - 1)
+                inside = row[(row >> Select.DIGIT) == p] & (digits - 1)
                 found[i, q] = torch.bincount(inside, minlength=digits)
                 found[i, q, 0] = self.counts[i, 0, p] - inside.numel()
         return found
@@ -244,7 +247,7 @@ class Select(Stat):
         return Counted.join([p for p in parts if isinstance(p, Counted)])
 
     def finished(self, memo: Any) -> bool:
-        return memo["round"] == 2
+        return bool(memo["round"] == 2)
 
     def combine(self, part: Tensor | Counted, memo: Any, params: Mapping[str, Any], numel: int) -> Any:
         if isinstance(part, Counted):

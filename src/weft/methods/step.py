@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib import import_module
 from inspect import signature
 from math import prod
 from typing import Any, Literal, overload
@@ -122,8 +123,25 @@ class Step:
         pipeline = Pipeline((Bound(self, check_params(self.name, self.params, params)),))
         return pipeline if x is None else pipeline(x, base=base, at=at)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # by name, since a decorated function cannot be pickled; one of a script's own goes as it is
+        if STEPS.get(self.name) is self and self.fn.__module__ != "__main__":
+            return _declared, (self.fn.__module__, self.name)
+        return _remade, (vars(self),)
+
     def __repr__(self) -> str:
         return f"<step {self.name}>"
+
+
+def _declared(module: str, name: str) -> Step:
+    import_module(module)
+    return STEPS[name]
+
+
+def _remade(state: dict[str, Any]) -> Step:
+    made = Step.__new__(Step)
+    vars(made).update(state)
+    return made
 
 
 def step(

@@ -1,4 +1,4 @@
-"""`Kernels`: runs merges and statistics through fused loops, and through torch where a step has no emitter."""
+"""`Kernels`: merges and statistics through fused loops, and through torch where a step has no emitter."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ class Kernels:
         self, node: Merge, name: str, start: int, stop: int, dtype: torch.dtype | None
     ) -> Tensor | None:
         """The merged range, rounded to `dtype` (float64 without one); None where torch must do it."""
-        work = _Range.read(node, name, start, stop)
+        steps = node.pipeline(name).steps
+        # where a first pass has read everything, it has looked for NaN too
+        work = _Range.read(node, name, start, stop, check=not any(b.step.stat for b in steps))
         if work is None:
             return None
-        steps = node.pipeline(name).steps
         tail = len(steps) - _fusable(tuple(reversed(steps)))  # from here on all steps have emitters
         work.advance(tail)
         source = work.source(len(steps))
@@ -45,19 +46,43 @@ class Kernels:
         _apply(source, work, out)
         return out if dtype is None or dtype == out.dtype else round_to(out, dtype)
 
-    def partial(self, node: Merge, name: str, j: int, start: int, stop: int, memo: Any) -> Any:
+    def hint(self, node: Merge, names: Sequence[str], j: int) -> Tensor | None:
+        """Where step j's order statistics are likely to be, from a few tiles: upper halves `[k, 2]`."""
+        bound = node.pipeline(names[0]).steps[j]
+        stat = bound.step.stat
+        if type(stat) is not Select or stat.value is not None:
+            return None
+        numel = sum(node.info(n).numel for n in names)
+        counts: Tensor | None = None
+        seen = 0
+        for name in names:
+            size = node.info(name).numel
+            if node.grain(name) > 1:
+                return None
+            # a few tiles of each tensor; more of one that stands alone
+            for start in range(0, size, max(TILE, -(-size // (4 if len(names) == 1 else 1)) // TILE * TILE)):
+                part = self.partial(node, name, j, start, min(start + TILE, size), None, None)
+                if part is None:
+                    return None
+                counts = part if counts is None else counts + part
+                seen += min(TILE, size - start)
+        return None if counts is None else _bracket(counts, stat, bound, seen, numel)
+
+    def partial(
+        self, node: Merge, name: str, j: int, start: int, stop: int, memo: Any, hint: Tensor | None
+    ) -> Any:
         """Step j's statistic of a range; None where torch must do it."""
         bound = node.pipeline(name).steps[j]
         stat = bound.step.stat
         simple = type(stat) is Gram or (type(stat) is Select and stat.value is None)
-        work = _Range.read(node, name, start, stop) if simple else None
+        work = _Range.read(node, name, start, stop, check=memo is None) if simple else None
         if work is None:
             return None
         work.advance(j - _fusable(tuple(reversed(node.pipeline(name).steps[:j]))))
         source = work.source(j)
         if type(stat) is Gram:
             return _gram(source, work)
-        return _counts(source, work, memo, keep=bound.scope == "tensor")
+        return _counts(source, work, memo, hint)
 
 
 @dataclass
@@ -75,12 +100,12 @@ class _Range:
     reduced: bool = False
 
     @classmethod
-    def read(cls, node: Merge, name: str, start: int, stop: int) -> _Range | None:
+    def read(cls, node: Merge, name: str, start: int, stop: int, check: bool) -> _Range | None:
         """Read the inputs; None for ranges that kernels don't take (empty, or across 2**32)."""
         if stop == start or (start >> 32) != ((stop - 1) >> 32):
             return None
         inputs, base = node.values(name, start, stop)
-        if node.nonfinite == "error":
+        if check and node.nonfinite == "error":
             for values, source in zip([*inputs, base], node.readers(name), strict=True):
                 if values is not None and source is not None and _nonfinite(values):
                     node.refuse_nonfinite(name, source)
@@ -193,8 +218,25 @@ def _gram(source: Source, work: _Range) -> Tensor:
     return torch.from_numpy(out)
 
 
-def _counts(source: Source, work: _Range, memo: Any, keep: bool) -> Tensor | Counted:
-    """Select.partial: counts [k, q, digits], with the keys that make a second pass unnecessary if `keep`."""
+def _bracket(counts: Tensor, stat: Select, bound: Bound, seen: int, numel: int) -> Tensor:
+    """Upper halves `[k, 2]` between which the wanted ranks nearly surely lie; counts: [k, 1, digits]."""
+    k, digits = counts.shape[0], counts.shape[-1]
+    above = counts[:, 0].flip(-1).cumsum(-1)  # from the largest digit down
+    found = torch.zeros((k, 2), dtype=torch.int64)
+    for i, ranks in enumerate(stat.ranks(bound.params, k, numel)):
+        share = [min(r, numel) / max(numel, 1) for r in ranks]
+        slack = [6 * (s * (1 - s) * seen) ** 0.5 + 2 for s in share]
+        rank = torch.tensor(
+            [min(s * seen - e for s, e in zip(share, slack, strict=True)),
+             max(s * seen + e for s, e in zip(share, slack, strict=True))]
+        )  # fmt: skip
+        high, low = torch.searchsorted(above[i], rank.clamp(1, seen).long()).tolist()
+        found[i] = torch.tensor([digits - 1 - min(low, digits - 1), digits - high])
+    return found
+
+
+def _counts(source: Source, work: _Range, memo: Any, hint: Tensor | None) -> Tensor | Counted:
+    """Select.partial: counts [k, q, digits], with the keys that a second pass would count, given a hint."""
     values, loads = source.body.values, None
     k, n = len(values), work.stack[0].numel()
     if not source.body.lines and all(x.dtype.itemsize < 8 for x in work.stack):  # the bare differences
@@ -204,15 +246,21 @@ def _counts(source: Source, work: _Range, memo: Any, keep: bool) -> Tensor | Cou
     keys = [f"keys{i}[j] = np.float32(abs({v})).view(np.uint32)" for i, v in enumerate(values)]
     if memo is None:
         out = np.zeros((k, 2, 1 << 15), np.int32)  # a range is shorter than 2**31
-        rest = np.empty((k, (n // 8 if keep else 0) + 1), np.uint32)
+        bracket = np.zeros((k, 2), np.uint32) if hint is None else hint.numpy().astype(np.uint32)
+        rest = np.empty((k, n // 8 + 1 if hint is not None else 1), np.uint32)
         kept = np.zeros(k, np.int64)
-        after = [f"kept[{i}] = count_upper(keys{i}, m, out[{i}], rest[{i}], kept[{i}])" for i in range(k)]
-        text = source.finish(["out", "rest", "kept"], before, keys, "\n".join(after), loads)
-        work.call(source, text, out, rest, kept)
+        after = [
+            f"kept[{i}] = count_upper(keys{i}, m, out[{i}], bracket[{i}], rest[{i}], kept[{i}])"
+            for i in range(k)
+        ]
+        text = source.finish(["out", "bracket", "rest", "kept"], before, keys, "\n".join(after), loads)
+        work.call(source, text, out, bracket, rest, kept)
         counts = torch.from_numpy(out[:, :1].astype(np.int64) + out[:, 1:])
-        if not keep or kept.max() >= rest.shape[1]:
+        if hint is None:
             return counts
-        return Counted(counts, tuple((torch.from_numpy(rest[i, : kept[i]].copy()),) for i in range(k)))
+        if kept.max() > rest.shape[1]:
+            return Counted(counts, hint, None)
+        return Counted(counts, hint, tuple((torch.from_numpy(rest[i, : kept[i]].copy()),) for i in range(k)))
     prefix = memo["prefix"].numpy().astype(np.uint32)  # [k, q]
     q = prefix.shape[1]
     lower = np.zeros((k, q, 1 << 16), np.int64)

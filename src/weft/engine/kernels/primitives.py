@@ -104,10 +104,11 @@ def nonfinite_float(x: Any) -> Any:
 
 
 @njit(**OPTIONS)
-def count_upper(keys: Any, m: int, counts: Any, rest: Any, kept: int) -> int:
-    """Count the upper halves of m keys; put keys whose lower half is not zero into `rest` behind `kept`.
+def count_upper(keys: Any, m: int, counts: Any, bracket: Any, rest: Any, kept: int) -> int:
+    """Count the upper halves of m keys; keep those in the bracket whose lower half is not zero.
 
-    Returns how many are there now; more than fit once they didn't.
+    They go into `rest` behind the `kept` that are there. Returns how many are there now; more than fit once
+    they didn't.
     """
     # two tables in turn: neighbours often fall on one count, and would wait for each other
     pairs = m // 2
@@ -116,12 +117,16 @@ def count_upper(keys: Any, m: int, counts: Any, rest: Any, kept: int) -> int:
         counts[1, keys[2 * j + 1] >> u32(16)] += 1
     if m % 2:
         counts[0, keys[m - 1] >> u32(16)] += 1
-    room = rest.shape[0] - 1
-    if kept > room:
+    first = u32(bracket[0])
+    width = u32(u32(bracket[1]) - first)
+    if width == 0:
         return kept
-    for j in range(m):  # without a branch: write always, move on when there was something to keep
-        rest[min(kept, room)] = keys[j]
-        kept += np.int64((keys[j] & u32(0xFFFF)) != u32(0))
+    for j in range(m):
+        v = keys[j]
+        if u32(u32(v >> u32(16)) - first) < width and u32(v & u32(0xFFFF)) != 0:
+            if kept < rest.shape[0]:
+                rest[kept] = v
+            kept += 1
     return kept
 
 
@@ -143,47 +148,51 @@ def dot(a: Any, b: Any, m: int) -> float:
 
 
 @njit(**OPTIONS)
-def radix_pass(keys: Any, source: Any, target: Any, counts: Any, shift: Any) -> None:
-    """One stable counting pass over 8 bits of the keys, from order `source` to order `target`."""
-    n = keys.shape[0]
-    counts[:] = 0
-    for j in range(n):
-        counts[(keys[j] >> shift) & u32(0xFF)] += 1
+def _scatter(source: Any, target: Any, counts: Any, shift: Any, mask: Any) -> None:
+    """One stable counting-sort pass over a digit; `counts` holds how often each value of it occurs."""
     total = 0
     for d in range(256):
         total, counts[d] = total + counts[d], total
-    for j in range(n):
-        o = source[j]
-        d = (keys[o] >> shift) & u32(0xFF)
-        target[counts[d]] = o
+    for j in range(source.shape[0]):
+        v = source[j]
+        d = np.uint64((v >> shift) & mask)
+        target[np.uint64(counts[d])] = v
         counts[d] += 1
 
 
 @njit(**OPTIONS)
-def rank_order(keys: Any, order: Any, other: Any, counts: Any) -> None:
-    """Stable ascending order of n 31-bit keys into `order`; `other` [n] and `counts` [256] are scratch."""
-    n = keys.shape[0]
+def sort_row(packed: Any, other: Any, counts: Any) -> None:
+    """Sort uint64 words (31-bit magnitude above 32-bit position) ascending, stable by position.
+
+    `other` [n] and `counts` [4, 256] are scratch. Differences of 16-bit weights are short numbers: where few
+    have lower bits, two passes over the upper 16 bits and an insertion settle the order.
+    """
+    n = packed.shape[0]
+    counts[:] = 0
+    for j in range(n):
+        v = packed[j] >> np.uint64(32)
+        counts[2, np.uint64((v >> np.uint64(15)) & np.uint64(0xFF))] += 1
+        counts[3, np.uint64(v >> np.uint64(23))] += 1
     long = 0
     for j in range(n):
-        order[j] = j
-        long += np.int64((keys[j] & u32(0x7FFF)) != u32(0))
+        long += np.int64((packed[j] & np.uint64(0x7FFF00000000)) != np.uint64(0))
     if long > n // 8:
-        radix_pass(keys, order, other, counts, u32(0))
-        radix_pass(keys, other, order, counts, u32(8))
-        radix_pass(keys, order, other, counts, u32(16))
-        radix_pass(keys, other, order, counts, u32(24))
-        return
-    # short numbers: their upper 16 bits nearly decide, and insertion settles the rest
-    radix_pass(keys, order, other, counts, u32(15))
-    radix_pass(keys, other, order, counts, u32(23))
-    for j in range(1, n):
-        o = order[j]
-        v = keys[o]
-        i = j - 1
-        while i >= 0 and keys[order[i]] > v:
-            order[i + 1] = order[i]
-            i -= 1
-        order[i + 1] = o
+        for j in range(n):
+            v = packed[j] >> np.uint64(32)
+            counts[0, np.uint64(v & np.uint64(0xFF))] += 1
+            counts[1, np.uint64((v >> np.uint64(8)) & np.uint64(0x7F))] += 1
+        _scatter(packed, other, counts[0], np.uint64(32), np.uint64(0xFF))
+        _scatter(other, packed, counts[1], np.uint64(40), np.uint64(0x7F))
+    _scatter(packed, other, counts[2], np.uint64(47), np.uint64(0xFF))
+    _scatter(other, packed, counts[3], np.uint64(55), np.uint64(0xFF))
+    if long and long <= n // 8:
+        for j in range(1, n):
+            v = packed[j]
+            i = j - 1
+            while i >= 0 and packed[i] > v:
+                packed[i + 1] = packed[i]
+                i -= 1
+            packed[i + 1] = v
 
 
 @njit(cache=True, **OPTIONS)
@@ -191,20 +200,22 @@ def thin_rows(
     x: Any, n: int, density: float, window: float, rescale: bool, start: int, k0: Any, k1: Any
 ) -> None:
     """DELLA's `thin` in place on the rows (of n) of a flat float64 x."""
-    keys = np.empty(n, np.uint32)
-    order = np.empty(n, np.int32)
-    other = np.empty(n, np.int32)
-    counts = np.empty(256, np.int32)
-    last = max(n - 1, 1)
+    packed = np.empty(n, np.uint64)
+    other = np.empty(n, np.uint64)
+    rank = np.empty(n, np.int32)
+    counts = np.empty((4, 256), np.int32)
+    last = np.float64(max(n - 1, 1))
     for row in range(x.shape[0] // n):
-        at = row * n
+        values = x[row * n : row * n + n]
+        here = u32(start + row * n)
         for j in range(n):
-            keys[j] = np.float32(abs(x[at + j])).view(np.uint32)
-        rank_order(keys, order, other, counts)
+            key = np.float32(abs(values[j])).view(np.uint32)
+            packed[j] = (np.uint64(key) << np.uint64(32)) | np.uint64(j)
+        sort_row(packed, other, counts)
         for r in range(n):
-            other[order[r]] = r
+            rank[packed[r] & np.uint64(0xFFFFFFFF)] = r
         for j in range(n):
-            chance = density + window * (np.float64(2 * other[j] - (n - 1)) / last)
-            kept = np.float64(bits(u32(start + at + j), k0, k1)) < np.floor(chance * 4294967296.0)
-            value = x[at + j] / chance if rescale else x[at + j]
-            x[at + j] = value if kept else 0.0
+            chance = density + window * (np.float64(2 * rank[j] - (n - 1)) / last)
+            kept = np.float64(bits(u32(here + u32(j)), k0, k1)) < np.floor(chance * 4294967296.0)
+            value = values[j] / chance if rescale else values[j]
+            values[j] = value if kept else 0.0
