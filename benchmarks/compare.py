@@ -46,8 +46,8 @@ RECIPES = {
     "karcher": BARE,
     "model_stock": BASED + BARE,
 }
-# the same algorithm on both sides: MergeKit's own choices, and the paper's as weft has them by default
-VARIANTS = {"mergekit": "compat: mergekit\n", "paper": ""}
+# the recipe as it is (weft reads it by the papers), and with MergeKit's own choices of algorithm
+VARIANTS = {"recipe": "", "compat": "compat: mergekit\n"}
 
 
 @dataclass
@@ -112,7 +112,9 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, default=Path(".bench"))
     parser.add_argument("--methods", default=",".join(RECIPES))
-    parser.add_argument("--variants", default="mergekit")
+    parser.add_argument(
+        "--variants", default="recipe,compat", help="recipe: unchanged; compat: with MergeKit's choices"
+    )
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--parameters", type=float, default=0.5e9)
     parser.add_argument("--memory", default="2GiB")
@@ -133,12 +135,11 @@ def main() -> None:
         [measure([sys.executable, "-c", FLOOR, str(folder / "floor.bin"), *files], env) for _ in range(3)]
     )
     (folder / "floor.bin").unlink()
-    print(f"{'':16} {'weft':>24}   {'MergeKit':>24}   ratio of")
-    print(
-        f"{'method':16} {'CPU s':>7} {'wall s':>8} {'anon MiB':>8}  {'CPU s':>7} {'wall s':>8} {'anon MiB':>8}  {'CPU':>6} {'wall':>6}"
-    )
-    print(f"{'import torch':16} {start.cpu:7.1f} {start.wall:8.1f} {start.anon_mib:8.0f}")
-    print(f"{'plain read+write':16} {floor.cpu:7.1f} {floor.wall:8.1f}", flush=True)
+    cells = f"{'CPU s':>7} {'wall s':>8} {'anon MiB':>8}"
+    print(f"{'':24} {'weft':>25}  {'MergeKit':>25}  MergeKit : weft")
+    print(f"{'method':24} {cells}  {cells}  {'CPU':>6} {'wall':>6}")
+    print(f"{'import torch':24} {start.cpu:7.1f} {start.wall:8.1f} {start.anon_mib:8.0f}")
+    print(f"{'plain read+write':24} {floor.cpu:7.1f} {floor.wall:8.1f}", flush=True)
     results: dict[str, object] = {"import_torch": asdict(start), "plain_read_write": asdict(floor)}
     for name in args.methods.split(","):
         for variant in args.variants.split(","):
@@ -171,12 +172,13 @@ def main() -> None:
                     )
             shutil.rmtree(out, ignore_errors=True)
             a = best(ours)
-            label = name if variant == "mergekit" else f"{name} ({variant})"
-            line = f"{label:16} {a.cpu:7.1f} {a.wall:8.1f} {a.anon_mib:8.0f}"
+            label = name if variant == "recipe" else f"{name} ({variant})"
+            line = f"{label:24} {a.cpu:7.1f} {a.wall:8.1f} {a.anon_mib:8.0f}"
             results[label] = {"weft": asdict(a)}
             if other:
                 b = best(other)
-                line += f"  {b.cpu:7.1f} {b.wall:8.1f} {b.anon_mib:8.0f}  {b.cpu / a.cpu:6.1f} {b.wall / a.wall:6.1f}"
+                line += f"  {b.cpu:7.1f} {b.wall:8.1f} {b.anon_mib:8.0f}"
+                line += f"  {b.cpu / a.cpu:6.1f} {b.wall / a.wall:6.1f}"
                 results[label] = {"weft": asdict(a), "mergekit": asdict(b)}
             beyond = (a.wall - start.wall) / floor.wall
             print(f"{line}   wall beyond start: {beyond:.1f} x plain read+write", flush=True)

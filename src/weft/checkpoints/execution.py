@@ -6,6 +6,7 @@ over them from here, so that the graph knows nothing of threads, and the engine 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,6 +15,7 @@ from math import lcm
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 TILE = 1 << 14
 """Elements of one tile. Every range begins at a multiple, so that sums kept by tile don't depend on the cut."""
@@ -51,6 +53,31 @@ def execution() -> Execution:
     return _CURRENT.get() or _DEFAULT
 
 
+_LOCAL = threading.local()
+
+
+@contextmanager
+def own_stream(device: torch.device) -> Iterator[None]:
+    """On a CUDA device, work on this thread's own stream, so that copies and kernels of threads overlap."""
+    if device.type != "cuda":
+        yield
+        return
+    streams = _LOCAL.__dict__.setdefault("streams", {})
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(streams[device]):
+        yield
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Move a range to the device; through a pinned buffer, which the copy need not wait for, on CUDA."""
+    if device.type != "cuda":
+        return values.to(device)
+    pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    pinned.copy_(values)
+    return pinned.to(device, non_blocking=True)
+
+
 @contextmanager
 def executing(how: Execution) -> Iterator[Execution]:
     """Put an execution in force for the block."""
@@ -64,8 +91,8 @@ def executing(how: Execution) -> Iterator[Execution]:
 def ranges(numel: int, grain: int, chunk: int) -> list[tuple[int, int]]:
     """Cut `[0, numel)` into ranges of about `chunk` elements that begin at multiples of grain and tile.
 
-    Where the least common multiple is many chunks long, the tensor is one range.
+    They are longer than that where no shorter range does so.
     """
     unit = lcm(max(grain, 1), TILE)
-    length = numel if unit > 16 * chunk else -(-chunk // unit) * unit
+    length = -(-chunk // unit) * unit
     return [(a, min(a + length, numel)) for a in range(0, numel, max(length, 1))]

@@ -60,8 +60,8 @@ def keep_no_large_blocks(chunk: int) -> None:
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         if hasattr(libc, "gnu_get_libc_version"):
-            libc.mallopt(_M_MMAP_THRESHOLD, 16 * chunk + 4096)
-            libc.mallopt(_M_TRIM_THRESHOLD, 16 * chunk)
+            libc.mallopt(_M_MMAP_THRESHOLD, 8 * chunk + 4096)
+            libc.mallopt(_M_TRIM_THRESHOLD, 8 * chunk)
             libc.malloc_trim(0)
 
 

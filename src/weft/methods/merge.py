@@ -17,7 +17,7 @@ from torch import Tensor
 
 from weft.checkpoints.base import Asset, Checkpoint, TensorInfo
 from weft.checkpoints.dtypes import round_to
-from weft.checkpoints.execution import execution, ranges
+from weft.checkpoints.execution import execution, own_stream, ranges, to_device
 from weft.errors import DataError, UsageError
 from weft.methods.layers import block_of, count_layers
 from weft.methods.parts import Part, parts_of, stored_name
@@ -191,7 +191,15 @@ class Merge(Checkpoint):
         sources = self._sources(name)
         inner = sum(s.working_bytes(stored_name(s, name), count) for s in sources)
         # the stack, and what the steps make of it: a few float64 copies (measured: below five a step)
-        return inner + count * 8 * (5 * len(part.sources) + 4)
+        tables = max(
+            (
+                b.step.stat.table_bytes(len(part.sources), b.params)
+                for b in self.pipeline(name).steps
+                if b.step.stat
+            ),
+            default=0,
+        )
+        return inner + count * 8 * (5 * len(part.sources) + 4) + tables
 
     def identity(self) -> str | None:
         inner = super().identity()
@@ -219,11 +227,12 @@ class Merge(Checkpoint):
             fused: Tensor | None = kernels.merge(self, name, start, stop, dtype)
             if fused is not None:
                 return fused
-        x, base = self.stack(name, start, stop)
-        out = self._run(name, x, base, start, self.pipeline(name).steps)
-        if base is not None and self._is_delta:
-            out = base + out
-        return (out if dtype is None else round_to(out, dtype)).cpu()
+        with own_stream(execution().device):
+            x, base = self.stack(name, start, stop)
+            out = self._run(name, x, base, start, self.pipeline(name).steps)
+            if base is not None:
+                out = base + out
+            return (out if dtype is None else round_to(out, dtype)).cpu()
 
     def values(self, name: str, start: int, stop: int) -> tuple[list[Tensor], Tensor | None]:
         """The range of every model that takes part, and of the base, as they are stored."""
@@ -250,15 +259,11 @@ class Merge(Checkpoint):
                     self.refuse_nonfinite(name, source)
         x = torch.empty((len(models), stop - start), dtype=torch.float64, device=device)
         for row, values in zip(x, models, strict=True):
-            row.copy_(values, non_blocking=True)
+            row.copy_(to_device(values, device))
         if base is None:
             return x, None
-        base = base.to(device, torch.float64, non_blocking=True)
+        base = to_device(base, device).double()
         return x.sub_(base), base
-
-    @property
-    def _is_delta(self) -> bool:
-        return self.base is not None
 
     def _run(self, name: str, x: Tensor, base: Tensor | None, start: int, steps: Sequence[Bound]) -> Tensor:
         """Run `steps` on a range, with the statistics found before."""
@@ -359,10 +364,11 @@ class Merge(Checkpoint):
                 fused = how.kernels.partial(self, name, j, start, stop, memo, hint)
                 if fused is not None:
                     return fused
-            x, base = self.stack(name, start, stop)
-            x = self._run(name, x, base, start, steps[:j])
-            at = replace(self.at(name), start=start)
-            return stat.partial(x, memo, bound.params, at)
+            with own_stream(how.device):
+                x, base = self.stack(name, start, stop)
+                x = self._run(name, x, base, start, steps[:j])
+                at = replace(self.at(name), start=start)
+                return stat.partial(x, memo, bound.params, at)
 
         for _ in range(stat.rounds()):
             if memo is not None and stat.finished(memo):

@@ -13,13 +13,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from weft.checkpoints.execution import TILE
+from weft.checkpoints.execution import TILE, execution
 
 if TYPE_CHECKING:
     from weft.methods.step import At
@@ -52,6 +53,10 @@ class Stat(ABC):
     def finished(self, memo: Any) -> bool:
         """True when no further round is needed, though `rounds` allows one."""
         return False
+
+    def table_bytes(self, k: int, params: Mapping[str, Any]) -> int:
+        """Memory that summaries of k models take, however short the range; what grows with it is not meant."""
+        return 0
 
     @abstractmethod
     def result(self, memo: Any, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,12 +186,14 @@ class Counted:
 
     @staticmethod
     def join(parts: Sequence[Counted]) -> Counted:
-        counts = torch.stack([p.counts for p in parts]).sum(0)
+        counts = reduce(torch.add, [p.counts for p in parts])
         kept = [p.rest for p in parts if p.rest is not None]
         if len(kept) < len(parts):
             return Counted(counts, parts[0].bracket, None)
         rest = tuple(sum(rows, ()) for rows in zip(*kept, strict=True))
-        few = all(sum(piece.numel() for piece in row) <= Counted.LIMIT for row in rest)
+        # ranges are as long as the memory budget allows, so twice that many keys fit where a range did
+        most = min(Counted.LIMIT, 2 * execution().chunk)
+        few = all(sum(piece.numel() for piece in row) <= most for row in rest)
         return Counted(counts, parts[0].bracket, rest if few else None)
 
     def lower_counts(self, prefix: Tensor) -> Tensor | None:
@@ -226,6 +233,11 @@ class Select(Stat):
     def rounds(self) -> int:
         return 2
 
+    def table_bytes(self, k: int, params: Mapping[str, Any]) -> int:
+        # a row of counts for each rank; the pieces, their stack, what was added up before, the new sum
+        wanted = max((len(row) for row in self.ranks(params, k, 1)), default=1)
+        return 4 * k * wanted * 8 << self.DIGIT
+
     def partial(self, x: Tensor, memo: Any, params: Mapping[str, Any], at: At) -> Tensor:
         """Counts `[k, q, digits]` of the upper half of the keys, then of the lower half below a prefix."""
         keys = self._magnitude(x, params, at).view(torch.int32).long()  # [k, n]
@@ -243,7 +255,7 @@ class Select(Stat):
 
     def join(self, parts: Sequence[Tensor | Counted]) -> Tensor | Counted:
         if any(isinstance(p, Tensor) for p in parts):
-            return torch.stack([p if isinstance(p, Tensor) else p.counts for p in parts]).sum(0)
+            return reduce(torch.add, [p if isinstance(p, Tensor) else p.counts for p in parts])
         return Counted.join([p for p in parts if isinstance(p, Counted)])
 
     def finished(self, memo: Any) -> bool:
@@ -321,6 +333,9 @@ class Chain(Stat):
 
     def finished(self, memo: Any) -> bool:
         return bool(memo[0] == len(self.stats))
+
+    def table_bytes(self, k: int, params: Mapping[str, Any]) -> int:
+        return 4 * k * 8 << Select.DIGIT if any(isinstance(s, Select) for s in self.stats) else 0
 
     def result(self, memo: Any, params: Mapping[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = memo[3]
