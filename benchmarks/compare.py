@@ -112,9 +112,7 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, default=Path(".bench"))
     parser.add_argument("--methods", default=",".join(RECIPES))
-    parser.add_argument(
-        "--variants", default="recipe,compat", help="recipe: unchanged; compat: with MergeKit's choices"
-    )
+    parser.add_argument("--variants", default="recipe,compat", help="recipe and/or compat")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--parameters", type=float, default=0.5e9)
     parser.add_argument("--memory", default="2GiB")

@@ -26,7 +26,9 @@ def state(seed: int = 0, dtype: torch.dtype = torch.bfloat16, like: State | None
     g = torch.Generator().manual_seed(seed)
     if like is not None:
         noise = {n: torch.randn(t.shape, generator=g) * 1e-2 for n, t in like.items()}
-        return {n: (t.float() + noise[n]).to(t.dtype) if t.is_floating_point() else t for n, t in like.items()}
+        return {
+            n: (t.float() + noise[n]).to(t.dtype) if t.is_floating_point() else t for n, t in like.items()
+        }
     shapes = {
         "embed.weight": (211, 300),
         "layers.0.mlp.weight": (130, 260),

@@ -412,7 +412,9 @@ def test_a_limit_on_file_sizes(folder: Path) -> None:
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "disk"
     place.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "none", str(place)], capture_output=True)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=128k", "none", str(place)], capture_output=True
+    )
     if made.returncode:
         pytest.skip("cannot mount a disk here")
     yield place
@@ -431,7 +433,7 @@ def test_an_unwritable_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     # root may write anywhere, so the refusal is made here
     monkeypatch.setattr(Path, "mkdir", denied)
-    with pytest.raises(DataError, match="cannot be written .Permission denied.*may write to"):
+    with pytest.raises(DataError, match=r"cannot be written .Permission denied.*may write to"):
         save(folder)
 
 

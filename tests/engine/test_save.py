@@ -283,7 +283,11 @@ def test_a_true_config_is_left_alone(tmp_path: Path) -> None:
 
 def test_files_that_travel(tmp_path: Path) -> None:
     base, _ = family(tmp_path)
-    carried = {"tokenizer__json": '{"a": 1}', "generation_config__json": "{}", "chat_template__jinja": "{{x}}"}
+    carried = {
+        "tokenizer__json": '{"a": 1}',
+        "generation_config__json": "{}",
+        "chat_template__jinja": "{{x}}",
+    }
     left = {"modeling__py": "boom", "NOTES__md": "mine"}
     source = write_model(tmp_path / "base", state(), {"dtype": "bfloat16"}, **carried, **left)
     weft.save(weft.merge([source, base], "linear"), tmp_path / "out")
@@ -351,7 +355,13 @@ def test_missing_and_mismatched_tensors(tmp_path: Path) -> None:
         weft.merge([a, b], "linear")
     told = str(error.value)
     assert len(error.value.problems) == 4
-    for part in ("y: shapes differ", "z: shapes differ", "only_a: not in", "only_b: not in", "missing: carry"):
+    for part in (
+        "y: shapes differ",
+        "z: shapes differ",
+        "only_a: not in",
+        "only_b: not in",
+        "missing: carry",
+    ):
         assert part in told
     merged = weft.merge([a, b], "linear", missing="carry", mismatch="carry")
     saved = weft.save(merged, tmp_path / "out.safetensors")
@@ -372,7 +382,9 @@ def test_nonfinite_values_are_named(
     spoiled["layers.1.mlp.weight"][77, 3] = bad
     tuned[1] = write_model(tmp_path / "spoiled", spoiled)
     merged = weft.merge(tuned, "ties", base=base)
-    with pytest.raises(DataError, match=r"spoiled.*layers\.1\.mlp\.weight.*NaN or infinite.*nonfinite: allow"):
+    with pytest.raises(
+        DataError, match=r"spoiled.*layers\.1\.mlp\.weight.*NaN or infinite.*nonfinite: allow"
+    ):
         weft.save(merged, tmp_path / "out", threads=2, kernels=kernels)
     assert not (tmp_path / "out").exists()
     allowed = weft.merge(tuned, "linear", nonfinite="allow")

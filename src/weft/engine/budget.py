@@ -7,9 +7,11 @@ import ctypes
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 from weft.errors import UsageError
 
@@ -51,18 +53,46 @@ def default_memory() -> int:
     return min(max(there // 4, 1 << 30), 16 << 30, there // 2)
 
 
-def keep_no_large_blocks(chunk: int) -> None:
-    """Have the C library hand memory of more than about a range back at once when it is freed.
+class Frugal:
+    """Has the C library give memory back that nobody uses, which it would rather keep.
 
-    It learns to keep blocks as large as any that was freed (up to 32 MiB, for each thread), which is faster, but
-    under a small budget is more than the budget. Other C libraries than glibc are left alone.
+    It learns to keep blocks as large as any that was freed (up to 32 MiB, for each thread), and what a first pass
+    finds of each range lies between freed blocks, which then cannot be joined. Both are faster than to ask
+    the system each time, but under a small budget they are more than the budget. Only glibc is known to need
+    this; others are left alone.
     """
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "gnu_get_libc_version"):
-            libc.mallopt(_M_MMAP_THRESHOLD, 8 * chunk + 4096)
-            libc.mallopt(_M_TRIM_THRESHOLD, 8 * chunk)
-            libc.malloc_trim(0)
+
+    EVERY = 8
+    """Ranges between two tidyings: a few hundred KiB each."""
+
+    def __init__(self, chunk: int) -> None:
+        self._ranges = count(1)
+        self._libc: Any = None
+        with contextlib.suppress(OSError, AttributeError):
+            libc = ctypes.CDLL(None)
+            if hasattr(libc, "gnu_get_libc_version"):
+                # blocks longer than a range's float64 values go back when they are freed
+                libc.mallopt(_M_MMAP_THRESHOLD, 8 * chunk + 4096)
+                libc.mallopt(_M_TRIM_THRESHOLD, 8 * chunk)
+                self._libc = libc
+
+    def tidy(self) -> None:
+        if self._libc is not None:
+            self._libc.malloc_trim(0)
+
+    def map(self, plain: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+        """A map over ranges that tidies up now and then."""
+
+        def tidying(fn: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+            def one(item: Any) -> Any:
+                found = fn(item)
+                if next(self._ranges) % self.EVERY == 0:
+                    self.tidy()
+                return found
+
+            return plain(one, items)
+
+        return tidying
 
 
 class Budget:

@@ -15,7 +15,7 @@ import torch
 
 from weft.checkpoints.base import Checkpoint
 from weft.checkpoints.execution import Execution, executing, execution, map_here
-from weft.engine.budget import TIGHT, Budget, default_memory, keep_no_large_blocks, parse_size
+from weft.engine.budget import TIGHT, Budget, Frugal, default_memory, parse_size
 from weft.engine.digest import RunningDigest
 from weft.engine.plan import Plan, make_plan
 from weft.engine.pool import WorkPool
@@ -171,16 +171,18 @@ def survey(plan: Plan) -> None:
         return
     with (
         WorkPool(max(1, plan.memory // plan.largest)) as fewer,
-        executing(replace(execution(), map=fewer.map)),
+        executing(replace(execution(), map=_frugal(plan, fewer.map))),
     ):
         plan.checkpoint.survey()
+
+
+def _frugal(plan: Plan, plain: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    return Frugal(plan.chunk).map(plain) if plan.memory < TIGHT else plain
 
 
 @contextmanager
 def working(plan: Plan, how: Settings) -> Iterator[WorkPool]:
     """Threads, and an execution in force that uses them."""
-    if plan.memory < TIGHT:
-        keep_no_large_blocks(plan.chunk)
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # weft's own threads share the ranges; nested ones would only contend
     kernels = None
@@ -193,7 +195,7 @@ def working(plan: Plan, how: Settings) -> Iterator[WorkPool]:
             here = Execution(
                 chunk=plan.chunk,
                 device=plan.device,
-                map=pool.map,
+                map=_frugal(plan, pool.map),
                 kernels=kernels,
                 surveyed=lambda n: how.on_event({"event": "read", "bytes": n}),
             )
@@ -243,7 +245,9 @@ class Writing:
 
     def _alone_if_crowded(self) -> AbstractContextManager[object]:
         """Statistics stream one range at a time where several at once could break the budget."""
-        return executing(replace(execution(), map=map_here)) if self.plan.crowded else nullcontext()
+        if not self.plan.crowded:
+            return nullcontext()
+        return executing(replace(execution(), map=_frugal(self.plan, map_here)))
 
     def _write(self, name: str, pool: WorkPool) -> None:
         plan, info = self.plan, self.plan.tensors[name]

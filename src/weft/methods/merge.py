@@ -351,7 +351,11 @@ class Merge(Checkpoint):
         cut = [
             (n, a, b)
             for n in names
-            for a, b in ranges(self._parts[n].info.numel, self.grain(n), how.chunk) or [(0, 0)]
+            # what is held needs no buffers: longer ranges, and fewer summaries to join
+            for a, b in ranges(
+                self._parts[n].info.numel, self.grain(n), how.chunk * (8 if n in self._held else 1)
+            )
+            or [(0, 0)]
         ]
         numel = sum(self._parts[n].info.numel for n in names)
         memo: Any = None

@@ -13,7 +13,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -169,6 +168,14 @@ Ranks = Callable[[Mapping[str, Any], int, int], Sequence[Sequence[int]]]
 Value = Callable[[Tensor, Mapping[str, Any], "At"], Tensor]
 
 
+def add_up(counts: Sequence[Tensor]) -> Tensor:
+    """The sum of integer tables, int64; made in the first if that is int64 (a summary is joined once)."""
+    total = counts[0].long()
+    for more in counts[1:]:
+        total += more
+    return total
+
+
 @dataclass(frozen=True)
 class Counted:
     """Counts `[k, 1, 2**15]` of upper halves, and those keys that a second pass is likely to ask for.
@@ -186,11 +193,11 @@ class Counted:
 
     @staticmethod
     def join(parts: Sequence[Counted]) -> Counted:
-        counts = reduce(torch.add, [p.counts for p in parts])
+        counts = add_up([p.counts for p in parts])
         kept = [p.rest for p in parts if p.rest is not None]
         if len(kept) < len(parts):
             return Counted(counts, parts[0].bracket, None)
-        rest = tuple(sum(rows, ()) for rows in zip(*kept, strict=True))
+        rest = tuple(_few(sum(rows, ())) for rows in zip(*kept, strict=True))
         # ranges are as long as the memory budget allows, so twice that many keys fit where a range did
         most = min(Counted.LIMIT, 2 * execution().chunk)
         few = all(sum(piece.numel() for piece in row) <= most for row in rest)
@@ -210,6 +217,16 @@ class Counted:
                 found[i, q] = torch.bincount(inside, minlength=digits)
                 found[i, q, 0] = self.counts[i, 0, p] - inside.numel()
         return found
+
+
+def _few(pieces: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The same keys in few pieces, each longer than the next: thousands of short ones would litter the heap."""
+    kept: list[Tensor] = []
+    for piece in pieces:
+        while kept and kept[-1].numel() <= 2 * piece.numel():
+            piece = torch.cat([kept.pop(), piece])
+        kept.append(piece)
+    return tuple(kept)
 
 
 class Select(Stat):
@@ -255,7 +272,7 @@ class Select(Stat):
 
     def join(self, parts: Sequence[Tensor | Counted]) -> Tensor | Counted:
         if any(isinstance(p, Tensor) for p in parts):
-            return reduce(torch.add, [p if isinstance(p, Tensor) else p.counts for p in parts])
+            return add_up([p if isinstance(p, Tensor) else p.counts for p in parts])
         return Counted.join([p for p in parts if isinstance(p, Counted)])
 
     def finished(self, memo: Any) -> bool:
@@ -269,7 +286,7 @@ class Select(Stat):
         return self._next_digit(part, memo, params, numel)
 
     def _next_digit(self, part: Tensor, memo: Any, params: Mapping[str, Any], numel: int) -> Any:
-        k, part = part.shape[0], part.cpu()
+        k, part = part.shape[0], part.cpu().long()
         if memo is None:
             wanted = torch.tensor([list(r) for r in self.ranks(params, k, numel)], dtype=torch.int64)
             memo = {"wanted": wanted, "rank": wanted.clamp(1, max(numel, 1)), "numel": numel,

@@ -181,13 +181,12 @@ def _apply(source: Source, work: _Range, out: Tensor) -> None:
             source.add_base(work.base.dtype == torch.bfloat16)
         value = f"base + {value}"
     raw = out.dtype == torch.bfloat16
-    store = "store_bf16" if raw else "store_float"
-    text = source.finish(
-        ["out"],
-        "buf = np.empty(BLOCK, np.float64)",
-        [f"buf[j] = {value}"],
-        f"{store}(buf, m, out[s : s + m])",
-    )
+    scratch = ["buf = np.empty(BLOCK, np.float64)"]
+    store = "store_float(buf, m, out[s : s + m])"
+    if raw:
+        scratch += ["rounded = np.empty(BLOCK, np.float32)", "lean = np.empty(BLOCK, np.uint32)"]
+        store = "store_bf16(buf, m, out[s : s + m], rounded, lean)"
+    text = source.finish(["out"], "\n".join(scratch), [f"buf[j] = {value}"], store)
     work.call(source, text, out.view(torch.uint16).numpy() if raw else out.numpy())
 
 
@@ -245,17 +244,17 @@ def _counts(source: Source, work: _Range, memo: Any, hint: Tensor | None) -> Ten
     before = "\n".join(f"keys{i} = np.empty(BLOCK, np.uint32)" for i in range(k))
     keys = [f"keys{i}[j] = np.float32(abs({v})).view(np.uint32)" for i, v in enumerate(values)]
     if memo is None:
-        out = np.zeros((k, 2, 1 << 15), np.int32)  # a range is shorter than 2**31
+        out = np.zeros((k, 1, 1 << 15), np.int32)  # a range is shorter than 2**31
         bracket = np.zeros((k, 2), np.uint32) if hint is None else hint.numpy().astype(np.uint32)
         rest = np.empty((k, n // 8 + 1 if hint is not None else 1), np.uint32)
         kept = np.zeros(k, np.int64)
         after = [
-            f"kept[{i}] = count_upper(keys{i}, m, out[{i}], bracket[{i}], rest[{i}], kept[{i}])"
+            f"kept[{i}] = count_upper(keys{i}, m, out[{i}, 0], bracket[{i}], rest[{i}], kept[{i}])"
             for i in range(k)
         ]
         text = source.finish(["out", "bracket", "rest", "kept"], before, keys, "\n".join(after), loads)
         work.call(source, text, out, bracket, rest, kept)
-        counts = torch.from_numpy(out[:, :1].astype(np.int64) + out[:, 1:])
+        counts = torch.from_numpy(out)
         if hint is None:
             return counts
         if kept.max() > rest.shape[1]:
