@@ -3,6 +3,7 @@
 import json
 import pickle
 from math import sqrt
+from pathlib import Path
 
 import pytest
 import torch
@@ -202,3 +203,20 @@ def test_equal_to_pefts_merge(tmp_path, options):
     assert set(adapted) == set(merged)
     for name, tensor in merged.items():
         assert torch.allclose(adapted.tensor(name, dtype=torch.float32), tensor, atol=1e-5), name
+
+
+def test_another_scale_is_another_identity(tmp_path: Path) -> None:
+    """An interrupted merge must not go on with another alpha: it stands in no weight file."""
+    save_file({"a.weight": torch.zeros(4, 3)}, tmp_path / "model.safetensors")
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    factors = {"lora_A.weight": torch.ones(2, 3), "lora_B.weight": torch.ones(4, 2)}
+    save_file(
+        {f"base_model.model.a.{n}": t for n, t in factors.items()}, folder / "adapter_model.safetensors"
+    )
+    seen = set()
+    for alpha in (2, 4):
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": alpha, "target_modules": ["a"]}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        seen.add(load(str(folder), base=str(tmp_path / "model.safetensors")).identity())
+    assert len(seen) == 2 and None not in seen

@@ -84,6 +84,11 @@ class Adapted(Checkpoint):
     def aliases(self) -> Mapping[str, str]:
         return self._aliases
 
+    def identity(self) -> str | None:
+        # the scales stand in adapter_config.json, which is no weight file
+        inner = super().identity()
+        return inner and f"{ {name: module.scale for name, module in self._modules.items()} }{inner}"
+
     def grain(self, name: str) -> int:
         """One row where the update is expanded, else the base's grain."""
         info = self.info(name)

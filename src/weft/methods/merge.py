@@ -30,6 +30,16 @@ Params = Callable[[At], Mapping[str, Any]]
 Found = dict[str, Any]
 
 
+class _Fixed:
+    """The same parameters for every tensor. A class, so that it pickles."""
+
+    def __init__(self, params: Mapping[str, Any]) -> None:
+        self.params = params
+
+    def __call__(self, at: At) -> Mapping[str, Any]:
+        return self.params
+
+
 class Merge(Checkpoint):
     """One method over `models` (and a base). See the module's docstring.
 
@@ -66,7 +76,7 @@ class Merge(Checkpoint):
         else:
             fixed = method.check(params or {})
             method.pipeline(**fixed)  # says at once what no tensor could accept
-            self._params = lambda at: fixed
+            self._params = _Fixed(fixed)
         self._parts = parts_of(self)
         self._tensors = {n: p.info for n, p in self._parts.items()}
         self._layers = count_layers(self._parts)
