@@ -96,3 +96,24 @@ def ranges(numel: int, grain: int, chunk: int) -> list[tuple[int, int]]:
     unit = lcm(max(grain, 1), TILE)
     length = -(-chunk // unit) * unit
     return [(a, min(a + length, numel)) for a in range(0, numel, max(length, 1))]
+
+
+def map_joined(
+    how_map: Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]],
+    summarise: Callable[[Any], Any],
+    cut: Sequence[Any],
+    join: Callable[[Sequence[Any]], Any],
+    ordered: bool,
+) -> Any:
+    """Summaries of all ranges as one. Counts are added up as they come, so that few are alive at a time."""
+    if ordered:
+        return join(how_map(summarise, cut))
+    lock, running = threading.Lock(), list[Any]()
+
+    def add(item: Any) -> None:
+        part = summarise(item)
+        with lock:
+            running[:] = [join([running[0], part]) if running else part]
+
+    how_map(add, cut)
+    return running[0]

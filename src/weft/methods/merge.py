@@ -17,7 +17,7 @@ from torch import Tensor
 
 from weft.checkpoints.base import Asset, Checkpoint, TensorInfo
 from weft.checkpoints.dtypes import round_to
-from weft.checkpoints.execution import execution, own_stream, ranges, to_device
+from weft.checkpoints.execution import execution, map_joined, own_stream, ranges, to_device
 from weft.errors import DataError, UsageError
 from weft.methods.layers import block_of, count_layers
 from weft.methods.parts import Part, parts_of, stored_name
@@ -387,34 +387,13 @@ class Merge(Checkpoint):
         for _ in range(stat.rounds()):
             if memo is not None and stat.finished(memo):
                 break
-            part = _fold(how.map, summarise, cut, stat.join, stat.needs_order)
+            part = map_joined(how.map, summarise, cut, stat.join, stat.needs_order)
             memo = stat.combine(part, memo, bound.params, numel)
             how.surveyed(sum((b - a) * self._stored_width(n) for n, a, b in cut))
         return stat.result(memo, bound.params)
 
     def _stored_width(self, name: str) -> int:
         return sum(s.info(stored_name(s, name)).dtype.itemsize for s in self._sources(name))
-
-
-def _fold(
-    how_map: Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]],
-    summarise: Callable[[Any], Any],
-    cut: Sequence[Any],
-    join: Callable[[Sequence[Any]], Any],
-    ordered: bool,
-) -> Any:
-    """Summaries of all ranges as one. Counts are added up as they come, so that few are alive at a time."""
-    if ordered:
-        return join(how_map(summarise, cut))
-    lock, running = threading.Lock(), list[Any]()
-
-    def add(item: Any) -> None:
-        part = summarise(item)
-        with lock:
-            running[:] = [join([running[0], part]) if running else part]
-
-    how_map(add, cut)
-    return running[0]
 
 
 def _finite(values: Tensor) -> bool:
