@@ -55,11 +55,15 @@ def _masses(x: Tensor, params: Mapping[str, Any], at: At) -> Tensor:
     return torch.cat([x.abs(), kept.abs()])  # [2k, n]
 
 
-def restore(kept: Tensor, masses: Tensor) -> Tensor:
-    """Scale each tensor so that its L1 norm is what it was; masses: [2k] = norms before, after."""
+def ratios(masses: Tensor) -> Tensor:
+    """What makes up for the lost mass, masses: [2k] = L1 norms before, after → [k]."""
     before, after = masses.reshape(2, -1)
-    ratio = torch.where(after > 0, before / torch.where(after > 0, after, 1.0), 1.0)
-    return kept * column(ratio.to(kept.dtype), kept)
+    return torch.where(after > 0, before / torch.where(after > 0, after, 1.0), 1.0)
+
+
+def restore(kept: Tensor, masses: Tensor) -> Tensor:
+    """Scale each tensor so that its L1 norm is what it was."""
+    return kept * column(ratios(masses).to(kept.dtype), kept)
 
 
 @step(stat=Sums("masses", _masses))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from weft.methods.dare import ratios
 from weft.methods.params import per_model
 from weft.methods.random import stream_key, threshold
 from weft.methods.spherical import mean_coefficients, slerp_coefficients
@@ -57,6 +58,19 @@ EMITTERS: dict[str, Emitter] = {}
 def emits(name: str) -> Callable[[Emitter], Emitter]:
     def declare(fn: Emitter) -> Emitter:
         EMITTERS[name] = fn
+        return fn
+
+    return declare
+
+
+Summands = Callable[[Body, Mapping[str, Any], At], list[str]]
+SUMS: dict[str, Summands] = {}
+"""Step → the quantities whose sums are its statistic (`Sums`), one expression each."""
+
+
+def sums(name: str) -> Callable[[Summands], Summands]:
+    def declare(fn: Summands) -> Summands:
+        SUMS[name] = fn
         return fn
 
     return declare
@@ -133,18 +147,40 @@ def disjoint_mean(body: Body, params: Mapping[str, Any], found: Mapping[str, Any
     body.values = [body.let(f"{total} / ({mass} if {mass} != 0.0 else 1.0) if {mass} != 0.0 else 0.0")]
 
 
-@emits("drop")
-def drop(body: Body, params: Mapping[str, Any], found: Mapping[str, Any], at: At) -> None:
+def _kept(body: Body, density: Any, at: At) -> list[str]:
+    """The values that survive a random draw; zero for the others."""
     kept = []
-    for i, (v, p) in enumerate(zip(body.values, per_model(params["density"], body.k), strict=True)):
+    for i, (v, p) in enumerate(zip(body.values, per_model(density, body.k), strict=True)):
         if p < 1.0:
             k0, k1 = (body.word(key) for key in stream_key(at.seed, i, at.name, at.start >> 32))
             draw = body.let(f"bits(u32(here + u32(j)), {k0}, {k1})")
             v = body.let(f"{v} if {draw} < {body.word(threshold(p))} else 0.0")
-        if params["rescale"] and p > 0:
-            v = body.let(f"{v} / {body.number(p)}")
         kept.append(v)
-    body.values = kept
+    return kept
+
+
+@emits("drop")
+def drop(body: Body, params: Mapping[str, Any], found: Mapping[str, Any], at: At) -> None:
+    body.values = _kept(body, params["density"], at)
+    if params["rescale"]:
+        body.values = [
+            body.let(f"{v} / {body.number(p)}") if p > 0 else v
+            for v, p in zip(body.values, per_model(params["density"], body.k), strict=True)
+        ]
+
+
+@emits("drop_keep_l1")
+def drop_keep_l1(body: Body, params: Mapping[str, Any], found: Mapping[str, Any], at: At) -> None:
+    body.values = [
+        body.let(f"{v} * {body.number(r)}")
+        for v, r in zip(_kept(body, params["density"], at), ratios(found["masses"]).tolist(), strict=True)
+    ]
+
+
+@sums("drop_keep_l1")
+def drop_masses(body: Body, params: Mapping[str, Any], at: At) -> list[str]:
+    kept = _kept(body, params["density"], at)
+    return [f"abs({v})" for v in (*body.values, *kept)]
 
 
 def _combination(body: Body, coefficients: torch.Tensor) -> None:

@@ -13,16 +13,19 @@ from torch import Tensor
 from weft.checkpoints.dtypes import round_to
 from weft.checkpoints.execution import TILE
 from weft.engine.kernels import primitives
-from weft.engine.kernels.emit import EMITTERS
+from weft.engine.kernels.emit import EMITTERS, SUMS
 from weft.engine.kernels.generate import Source, compiled
+from weft.methods.dare import ratios
 from weft.methods.params import per_model
 from weft.methods.random import stream_key
-from weft.methods.stats import Counted, Gram, Select
+from weft.methods.stats import Counted, Gram, Select, Sums
 from weft.methods.step import At, Bound, row_length
 
 if TYPE_CHECKING:
     from weft.methods.merge import Merge
 
+THINNING = ("thin", "thin_keep_l1")
+"""Steps that primitives.thin_rows does: they sort rows, which no loop over single values can."""
 _STORED = (torch.bfloat16, torch.float32, torch.float64)
 """Dtypes a kernel writes itself."""
 
@@ -75,11 +78,17 @@ class Kernels:
         bound = node.pipeline(name).steps[j]
         stat = bound.step.stat
         simple = type(stat) is Gram or (type(stat) is Select and stat.value is None)
-        work = _Range.read(node, name, start, stop, check=memo is None) if simple else None
+        summed = type(stat) is Sums and (bound.step.name in SUMS or bound.step.name in THINNING)
+        work = _Range.read(node, name, start, stop, check=memo is None) if simple or summed else None
         if work is None:
             return None
+        if bound.step.name in THINNING:
+            work.advance(j)
+            return _thinned_masses(work, bound)
         work.advance(j - _fusable(tuple(reversed(node.pipeline(name).steps[:j]))))
         source = work.source(j)
+        if summed:
+            return _sums(source, work, SUMS[bound.step.name](source.body, bound.params, work.at))
         if type(stat) is Gram:
             return _gram(source, work)
         return _counts(source, work, memo, hint)
@@ -97,6 +106,8 @@ class _Range:
     """One tensor a model, as stored; after `advance`, float64 task vectors."""
     done: int = 0
     """Steps done so far."""
+    lifted: bool = False
+    """Whether the stack holds float64 task vectors rather than what is stored."""
     reduced: bool = False
 
     @classmethod
@@ -116,19 +127,24 @@ class _Range:
         steps = self.node.pipeline(self.name).steps
         while self.done < upto:
             run = _fusable(steps[self.done : upto])
-            if run or self.done == 0:
-                self.stack = list(_stacked(self.source(self.done + run), self))
+            if run or not self.lifted:
+                self.lift(self.done + run)
                 self.reduced = self.reduced or any(b.step.reduces for b in steps[self.done : self.done + run])
                 self.done += run
             if self.done < upto:
                 self._in_torch(steps[self.done])
                 self.done += 1
 
+    def lift(self, upto: int) -> None:
+        """The stack as float64 task vectors, with the steps up to `upto` done."""
+        self.stack = list(_stacked(self.source(upto), self))
+        self.lifted = True
+
     def source(self, upto: int) -> Source:
         """A kernel that loads the stack and does the steps from `done` to `upto`."""
         raw = [x.dtype == torch.bfloat16 for x in self.stack]
-        fresh = self.base is not None and self.done == 0
-        source = Source(raw, (self.base.dtype == torch.bfloat16) if fresh and self.base is not None else None)
+        base = None if self.lifted else self.base
+        source = Source(raw, None if base is None else base.dtype == torch.bfloat16)
         for j, bound in enumerate(self.node.pipeline(self.name).steps[self.done : upto], self.done):
             EMITTERS[bound.step.name](source.body, bound.params, self.node.found(self.name, j), self.at)
         return source
@@ -143,8 +159,12 @@ class _Range:
         return compiled(text)(*arrays, *extra, p, q, np.uint32(self.at.start & 0xFFFFFFFF))
 
     def _in_torch(self, bound: Bound) -> None:
-        if bound.step.name == "thin":
+        if bound.step.name in THINNING:
             _thin(self.stack, bound, self.at)
+            found = self.node.found(self.name, self.done)
+            if found:
+                for x, ratio in zip(self.stack, ratios(found["masses"]).tolist(), strict=True):
+                    x.mul_(ratio)
             return
         k, shape = len(self.stack), self.at.shape
         view = {"element": (-1,), "row": (-1, row_length(shape)), "tensor": shape}[bound.grain]
@@ -177,7 +197,7 @@ def _apply(source: Source, work: _Range, out: Tensor) -> None:
     """Run the body and round the result into `out`, plus the base where there is one."""
     value = source.body.values[0]
     if work.base is not None:
-        if work.done:  # the differences were formed before; the base comes in again here
+        if work.lifted:  # the differences were formed before; the base comes in again here
             source.add_base(work.base.dtype == torch.bfloat16)
         value = f"base + {value}"
     raw = out.dtype == torch.bfloat16
@@ -215,6 +235,35 @@ def _gram(source: Source, work: _Range) -> Tensor:
     )
     work.call(source, text, out)
     return torch.from_numpy(out)
+
+
+def _sums(source: Source, work: _Range, quantities: Sequence[str]) -> Tensor:
+    """Sums.partial: [tiles, m]."""
+    n, m = work.stack[0].numel(), len(quantities)
+    out = np.zeros((max(1, -(-n // TILE)), m), np.float64)
+    text = source.finish(
+        ["out"],
+        "\n".join(f"buf{c} = np.empty(BLOCK, np.float64)" for c in range(m)),
+        [f"buf{c}[j] = {quantity}" for c, quantity in enumerate(quantities)],
+        "\n".join(f"out[s // {TILE}, {c}] += total(buf{c}, m)" for c in range(m)),
+    )
+    work.call(source, text, out)
+    return torch.from_numpy(out)
+
+
+def _thinned_masses(work: _Range, bound: Bound) -> Tensor:
+    """Sums.partial of `thin_keep_l1`: the masses before and after, [tiles, 2k]."""
+    if not work.lifted:
+        work.lift(work.done)
+    before = _masses(work)
+    _thin(work.stack, bound, work.at)
+    return torch.cat([before, _masses(work)], 1)
+
+
+def _masses(work: _Range) -> Tensor:
+    """Σ|x| of each task vector, [tiles, k]; they are in float64 by now."""
+    source = work.source(work.done)
+    return _sums(source, work, [f"abs({v})" for v in source.body.values])
 
 
 def _bracket(counts: Tensor, stat: Select, bound: Bound, seen: int, numel: int) -> Tensor:
@@ -276,4 +325,5 @@ def _thin(stack: list[Tensor], bound: Bound, at: At) -> None:
         window = min(params["epsilon"], p, 1.0 - p)
         k0, k1 = (np.uint32(key) for key in stream_key(at.seed, i, at.name, at.start >> 32))
         low = at.start & 0xFFFFFFFF
-        primitives.thin_rows(x.numpy(), row_length(at.shape), p, window, params["rescale"], low, k0, k1)
+        rescale = params.get("rescale", False)
+        primitives.thin_rows(x.numpy(), row_length(at.shape), p, window, rescale, low, k0, k1)

@@ -30,7 +30,7 @@ import numpy as np
 from numba import njit
 from weft.engine.kernels.primitives import (
     BLOCK, bits, count_lower, count_upper, dot, from_bf16, magnitude, short_bf16, store_bf16,
-    store_float, u32,
+    store_float, total, u32,
 )
 
 

@@ -143,6 +143,15 @@ def dot(a: Any, b: Any, m: int) -> float:
     return total
 
 
+@njit(nogil=True, error_model="numpy", boundscheck=False, fastmath={"reassoc", "contract"})
+def total(a: Any, m: int) -> float:
+    """Sum of m float64, in lanes as `dot`."""
+    found = 0.0
+    for j in range(m):
+        found += a[j]
+    return found
+
+
 @njit(**OPTIONS)
 def _scatter(source: Any, target: Any, counts: Any, shift: Any, mask: Any) -> None:
     """One stable counting-sort pass over a digit; `counts` holds how often each value of it occurs."""
