@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 THINNING = ("thin", "thin_keep_l1")
 """Steps that primitives.thin_rows does: they sort rows, which no loop over single values can."""
+TRANSPARENT = ("weighted_sum", "scaled")
+"""Steps whose result is not finite where an entry of any model isn't: even a weight of zero makes it NaN."""
 _STORED = (torch.bfloat16, torch.float32, torch.float64)
 """Dtypes a kernel writes itself."""
 
@@ -38,8 +40,10 @@ class Kernels:
     ) -> Tensor | None:
         """The merged range, rounded to `dtype` (float64 without one); None where torch must do it."""
         steps = node.pipeline(name).steps
-        # where a first pass has read everything, it has looked for NaN too
-        work = _Range.read(node, name, start, stop, check=not any(b.step.stat for b in steps))
+        # where a first pass has read everything, it has looked for NaN too; a sum shows those of its terms
+        shows = all(b.step.name in TRANSPARENT for b in steps)
+        unread = not any(b.step.stat for b in steps)
+        work = _Range.read(node, name, start, stop, check=unread and not shows)
         if work is None:
             return None
         tail = len(steps) - _fusable(tuple(reversed(steps)))  # from here on all steps have emitters
@@ -47,6 +51,8 @@ class Kernels:
         source = work.source(len(steps))
         out = torch.empty(stop - start, dtype=dtype if dtype in _STORED else torch.float64)
         _apply(source, work, out)
+        if unread and shows and _nonfinite(out):
+            work.refuse_nonfinite()
         return out if dtype is None or dtype == out.dtype else round_to(out, dtype)
 
     def hint(self, node: Merge, names: Sequence[str], j: int) -> Tensor | None:
@@ -116,11 +122,17 @@ class _Range:
         if stop == start or (start >> 32) != ((stop - 1) >> 32):
             return None
         inputs, base = node.values(name, start, stop)
-        if check and node.nonfinite == "error":
-            for values, source in zip([*inputs, base], node.readers(name), strict=True):
+        work = cls(node, name, replace(node.at(name), start=start), base, inputs)
+        if check:
+            work.refuse_nonfinite()
+        return work
+
+    def refuse_nonfinite(self) -> None:
+        """DataError if an input has NaN or infinite values, unless they are allowed."""
+        if self.node.nonfinite == "error":
+            for values, source in zip([*self.stack, self.base], self.node.readers(self.name), strict=True):
                 if values is not None and source is not None and _nonfinite(values):
-                    node.refuse_nonfinite(name, source)
-        return cls(node, name, replace(node.at(name), start=start), base, inputs)
+                    self.node.refuse_nonfinite(self.name, source)
 
     def advance(self, upto: int) -> None:
         """Do the steps before `upto`: fused where they have emitters, else in torch."""

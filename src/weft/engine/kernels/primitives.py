@@ -201,64 +201,74 @@ def sort_row(packed: Any, other: Any, counts: Any) -> None:
 
 
 @njit(**OPTIONS)
-def sort_short(keys: Any, words: Any, starts: Any, mixed: Any) -> bool:
-    """Positions of a row in `words`, ascending by key and stable; False if the row is too uneven for it.
+def rank_short(
+    keys: Any, ranks: Any, starts: Any, where: Any, spare: Any, buckets: Any, counts: Any
+) -> bool:
+    """Ranks of a row's keys in `ranks`, stable by position; False if they span too many octaves for it.
 
-    One counting pass over the upper 16 bits of the keys, less the least of them; zeros come first. Runs of
-    equal upper bits are settled by insertion, and are short unless magnitudes lie within a few parts in a
-    thousand. `mixed` (as long as `starts`) marks the runs that have lower bits at all.
+    One counting pass over the upper 16 bits of the keys, and whether they have lower ones: equal values, of
+    which differences of 16-bit weights have many, are in order by then. The few that have lower bits are
+    sorted by them first. The other arguments are scratch: `buckets`, `where`, `spare` as long as the row.
     """
     n = keys.shape[0]
-    low_bits, least, most = u32(0), u32(0xFFFF), u32(0)
+    least, most = u32(0xFFFF), u32(0)
     for j in range(n):
         upper = u32(keys[j] >> u32(15))
-        low_bits |= u32(keys[j] & u32(0x7FFF))
-        least = min(least, upper if upper else u32(0xFFFF))
+        least = min(least, u32(upper - u32(1)))  # zeros, which have a place of their own, become the greatest
         most = max(most, upper)
-    if most == u32(0) and low_bits == u32(0):
-        least = u32(1)
-    span = np.int64(most) - np.int64(least) + 2  # and one place for zeros
-    if span > starts.shape[0] - 1:
+    least = min(least, most)
+    span = 2 * (np.int64(most) - np.int64(least) + 1)
+    if span > starts.shape[0]:
         return False
-    first = u32(least - u32(1))
-    for d in range(span + 1):
-        starts[d] = 0
     for j in range(n):
         upper = u32(keys[j] >> u32(15))
-        starts[np.uint64(u32(upper - first) if upper else u32(0))] += 1
+        low = u32(1) if keys[j] & u32(0x7FFF) else u32(0)
+        buckets[j] = u32(u32(upper - least if upper else u32(0)) << u32(1)) | low
+    starts[:span] = 0
+    for j in range(n):
+        starts[np.uint64(buckets[j])] += 1
     total = 0
     for d in range(span):
         total, starts[d] = total + starts[d], total
+    long = 0
     for j in range(n):
-        upper = u32(keys[j] >> u32(15))
-        d = np.uint64(u32(upper - first) if upper else u32(0))
+        d = np.uint64(buckets[j])
         at = starts[d]
-        words[np.uint64(at)] = u32(j)
+        ranks[j] = at
         starts[d] = at + 1
-    if low_bits == u32(0):
-        return True
-    for d in range(span):
-        mixed[d] = 0
-    for j in range(n):
-        if keys[j] & u32(0x7FFF):
-            upper = u32(keys[j] >> u32(15))
-            mixed[np.uint64(u32(upper - first) if upper else u32(0))] = 1
-    begin = 0
-    for d in range(span):  # starts[d] is where run d ends by now
-        end = starts[d]
-        if mixed[d]:
-            if end - begin > 512:
-                return False
-            for j in range(begin + 1, end):
-                v = words[j]
-                key = keys[v]
-                i = j - 1
-                while i >= begin and keys[words[i]] > key:
-                    words[i + 1] = words[i]
-                    i -= 1
-                words[i + 1] = v
-        begin = end
+        where[np.uint64(long)] = u32(j)
+        long += np.int64(d & np.uint64(1))
+    if long:
+        _rank_long(keys, ranks, buckets, starts, where[:long], spare[:long], counts)
     return True
+
+
+@njit(**OPTIONS)
+def _rank_long(keys: Any, ranks: Any, buckets: Any, starts: Any, where: Any, spare: Any, counts: Any) -> None:
+    """Deal out anew, in the order of their lower 15 bits, the ranks of the keys at `where`."""
+    counts[:2] = 0
+    for i in range(where.shape[0]):
+        j = np.uint64(where[i])
+        starts[np.uint64(buckets[j])] -= 1
+        counts[0, np.uint64(keys[j] & u32(0xFF))] += 1
+        counts[1, np.uint64((keys[j] >> u32(8)) & u32(0x7F))] += 1
+    for digit in range(2):
+        total = 0
+        for d in range(256):
+            total, counts[digit, d] = total + counts[digit, d], total
+    for i in range(where.shape[0]):
+        d = np.uint64(keys[np.uint64(where[i])] & u32(0xFF))
+        spare[np.uint64(counts[0, d])] = where[i]
+        counts[0, d] += 1
+    for i in range(where.shape[0]):
+        d = np.uint64((keys[np.uint64(spare[i])] >> u32(8)) & u32(0x7F))
+        where[np.uint64(counts[1, d])] = spare[i]
+        counts[1, d] += 1
+    for i in range(where.shape[0]):
+        j = np.uint64(where[i])
+        d = np.uint64(buckets[j])
+        ranks[j] = starts[d]
+        starts[d] += 1
 
 
 @njit(cache=True, **OPTIONS)
@@ -267,34 +277,30 @@ def thin_rows(
 ) -> None:
     """DELLA's `thin` in place on the rows (of n) of a flat float64 x."""
     keys = np.empty(n, np.uint32)
-    words = np.empty(n, np.uint32)
+    ranks = np.empty(n, np.int32)
+    where = np.empty(n + 1, np.uint32)
     spare = np.empty(n, np.uint32)
-    starts = np.empty(SPAN, np.int32)
-    mixed = np.empty(SPAN, np.uint8)
+    buckets = np.empty(n, np.uint32)
+    starts = np.empty(2 * SPAN, np.int32)
     packed = np.empty(n, np.uint64)
     other = np.empty(n, np.uint64)
     counts = np.empty((4, 256), np.int32)
-    by_rank = np.empty(n, np.float64)
-    chance = np.empty(n, np.float64)
-    for r in range(n):
-        by_rank[r] = density + window * (np.float64(2 * r - (n - 1)) / np.float64(max(n - 1, 1)))
+    most = np.float64(max(n - 1, 1))
     for row in range(x.shape[0] // n):
         values = x[row * n : row * n + n]
         here = u32(start + row * n)
         for j in range(n):
             keys[j] = np.float32(abs(values[j])).view(np.uint32)
-        if sort_short(keys, words, starts, mixed):
-            for r in range(n):
-                chance[words[r]] = by_rank[r]
-        else:
+        if not rank_short(keys, ranks, starts, where, spare, buckets, counts):
             for j in range(n):
                 packed[j] = (np.uint64(keys[j]) << np.uint64(32)) | np.uint64(j)
             sort_row(packed, other, counts)
             for r in range(n):
-                chance[packed[r] & np.uint64(0xFFFFFFFF)] = by_rank[r]
+                ranks[packed[r] & np.uint64(0xFFFFFFFF)] = r
         for j in range(n):  # the draw by itself: short loops vectorise
             spare[j] = bits(u32(here + u32(j)), k0, k1)
         for j in range(n):
-            kept = np.float64(spare[j]) < np.floor(chance[j] * 4294967296.0)
-            value = values[j] / chance[j] if rescale else values[j]
+            chance = density + window * (np.float64(2 * ranks[j] - (n - 1)) / most)
+            kept = np.float64(spare[j]) < np.floor(chance * 4294967296.0)
+            value = values[j] / chance if rescale else values[j]
             values[j] = value if kept else 0.0
