@@ -33,9 +33,11 @@ def run(
     quiet: bool,
     as_json: bool,
     dtype: str | None,
+    verify: bool = False,
+    verify_text: Path | None = None,
     **settings: Any,
-) -> None:
-    """Carry out `weft merge`."""
+) -> int:
+    """Carry out `weft merge`; the exit status."""
     from weft.recipes import build, read
     from weft.recipes.recipe import target
 
@@ -50,7 +52,7 @@ def run(
     settings["dtype"] = parse_dtype(dtype) if dtype else None
     if explain is not None:
         _show_explanation(checkpoint, explain, as_json)
-        return
+        return 0
     if dry_run:
         plan = Settings(**settings).plan(checkpoint, out)
         _show_plan(plan, as_json)
@@ -59,7 +61,9 @@ def run(
             refuse_inputs(out, plan)
         except WeftError as error:
             note(f"this plan could not be carried out: {error}")
-        return
+        return 0
+    if verify:
+        _refuse_unverifiable(checkpoint, out, verify_text)
     inline = "\n" in recipe or recipe.lstrip().startswith("{")
     text = recipe if inline else Path(recipe).read_text(encoding="utf-8")
     if not quiet:
@@ -79,10 +83,33 @@ def run(
         saved = save(
             checkpoint, out, recipe=chosen.describe(), recipe_text=text, on_event=on_event, **settings
         )
+    to = sys.stderr if log_on_stdout else sys.stdout
+    if not as_json and not quiet:
+        _show_saved(saved, to)
+    result: dict[str, Any] = {"path": str(saved.path), "seconds": round(saved.seconds, 3), **saved.manifest}
+    status = 0
+    if verify:
+        from weft.cli.verifying import close, show, verify_output
+
+        report, result["verification"] = verify_output(
+            saved.path, checkpoint, verify_text, settings["device"]
+        )
+        if not as_json and not quiet:
+            show(report, to)
+        status = close(report)
     if as_json:
-        print_json({"path": str(saved.path), "seconds": round(saved.seconds, 3), **saved.manifest})
-    elif not quiet:
-        _show_saved(saved, sys.stderr if log_on_stdout else sys.stdout)
+        print_json(result)
+    return status
+
+
+def _refuse_unverifiable(checkpoint: Checkpoint, out: Path, text: Path | None) -> None:
+    """Raise before the merge what would keep its output from being verified."""
+    from weft.llm.perplexity import read_texts
+    from weft.llm.verify import refuse_unverifiable
+
+    refuse_unverifiable(checkpoint, out)
+    if text is not None:
+        read_texts(text)
 
 
 def _show_saved(saved: Saved, to: TextIO) -> None:

@@ -1,4 +1,4 @@
-"""What is written beside the weights: config, index, travelling files, manifest, model card."""
+"""What is written beside the weights: config, index, travelling files, manifest (the card: card.py)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from weft._version import __version__
 from weft.checkpoints.base import Checkpoint
 from weft.checkpoints.dtypes import dtype_name, is_mergeable
+from weft.engine.card import leaves
 from weft.engine.plan import Plan
 from weft.engine.writer import write_whole
 
@@ -24,7 +25,7 @@ def output_config(plan: Plan) -> tuple[dict[str, Any] | None, list[str]]:
     if source is None:
         return None, []
     notes: list[str] = []
-    config = _without_code(dict(source), notes)
+    config = without_code(dict(source), notes)
     stored: dict[str, int] = {}
     for info in plan.tensors.values():
         if is_mergeable(info.dtype):
@@ -37,7 +38,8 @@ def output_config(plan: Plan) -> tuple[dict[str, Any] | None, list[str]]:
     return config, notes
 
 
-def _without_code(config: dict[str, Any], notes: list[str], path: str = "") -> dict[str, Any]:
+def without_code(config: dict[str, Any], notes: list[str], path: str = "") -> dict[str, Any]:
+    """The config without the keys that make a loader run code; each one left out adds a note."""
     kept = {}
     for key, value in config.items():
         if _CODE_KEYS.match(key):
@@ -49,7 +51,7 @@ def _without_code(config: dict[str, Any], notes: list[str], path: str = "") -> d
 
 def _value_without_code(value: Any, notes: list[str], path: str) -> Any:
     if isinstance(value, dict):
-        return _without_code(value, notes, path)
+        return without_code(value, notes, path)
     if isinstance(value, list):
         return [_value_without_code(v, notes, f"{path}{i}.") for i, v in enumerate(value)]
     return value
@@ -145,35 +147,3 @@ def _left_out(checkpoint: Checkpoint) -> dict[str, list[str]]:
 def _seeds(checkpoint: Checkpoint) -> set[int]:
     own = {seed} if isinstance(seed := getattr(checkpoint, "seed", None), int) else set()
     return own.union(*(_seeds(s) for s in checkpoint.inputs))
-
-
-def model_card(plan: Plan, recipe_text: str | None) -> str:
-    """README.md in the Hub's conventions: front matter, what was merged, the recipe."""
-    names = list(dict.fromkeys(s.origin for s in leaves(plan.checkpoint)))
-    hub_ids = [n for n in names if re.fullmatch(r"[\w.-]+/[\w.-]+", n) and not Path(n).exists()]
-    front = ["---"]
-    if hub_ids:
-        front += ["base_model:", *(f"- {n}" for n in hub_ids), "base_model_relation: merge"]
-    if (plan.checkpoint.config or {}).get("architectures"):
-        front.append("library_name: transformers")
-    front += ["tags:", "- merge", "- weft", "---"]
-    lines = [*front, "", "# Merged with weft", "", "Models:", "", *(f"- `{_plain(n)}`" for n in names), ""]
-    lines += [
-        f"Made by weft {__version__}; `weft-manifest.json` has the hashes of every input and output.",
-        "",
-    ]
-    if recipe_text:
-        fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", recipe_text)), default=0))
-        lines += ["Recipe:", "", f"{fence}yaml", recipe_text.rstrip(), fence, ""]
-    return "\n".join(lines)
-
-
-def _plain(text: str) -> str:
-    return re.sub(r"[`\x00-\x1f\x7f]", "?", text)
-
-
-def leaves(checkpoint: Checkpoint) -> list[Checkpoint]:
-    """The checkpoints at the ends of the graph."""
-    if not checkpoint.inputs:
-        return [checkpoint]
-    return [leaf for source in checkpoint.inputs for leaf in leaves(source)]

@@ -1,0 +1,1 @@
+"""Where merged models go besides the disk: the Hub, and the formats of other programs."""

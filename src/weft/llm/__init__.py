@@ -1,0 +1,1 @@
+"""What is peculiar to language models and to transformers: their classes, tokenizers, layers and checks."""
