@@ -143,8 +143,8 @@ def test_every_tensor_without_a_place_is_listed(tmp_path, base):
 @pytest.mark.parametrize(
     "config",
     [
-        {"peft_type": "LOHA"},
-        {"target_parameters": ["experts"]},
+        {"peft_type": "OFT"},
+        {"layer_replication": [[0, 1]]},
         {"init_lora_weights": "pissa"},
         {"r": 3},
         {"rank_pattern": {"(a+)+$": 2}},

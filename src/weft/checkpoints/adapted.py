@@ -13,25 +13,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.checkpoints.adapters import Lora, LoraModule, check_shapes, is_transposed, places
+from weft.checkpoints.adapters import Lora
 from weft.checkpoints.base import Asset, Checkpoint, TensorInfo
-from weft.checkpoints.dtypes import is_mergeable, round_to
-from weft.checkpoints.limits import shown
+from weft.checkpoints.dtypes import round_to
+from weft.checkpoints.fitting import fit, is_transposed, scaled_axis
 from weft.checkpoints.ranges import element_range
-from weft.errors import DataProblems
+from weft.checkpoints.updates import Experts, Pair, Update
+
+_BLOCK = 1 << 22
+"""Elements of the base that the first pass of a transposed DoRA holds at once."""
 
 
 class Adapted(Checkpoint):
-    """`W + scale · B A` where the adapter has an update, its own tensor where it has one, else the base."""
+    """`W + scale · B A` where the adapter has an update, its own tensor where it has one, else the base.
+
+    (IA)³ multiplies rows or columns; DoRA (2402.09353) gives each output the length m: m · (W + BA) / ‖W + BA‖.
+    """
 
     def __init__(self, base: Checkpoint, lora: Lora, origin: str | None = None) -> None:
         self.origin = origin or f"{base.origin}+{lora.origin}"
-        self.base, self.lora = base, lora
-        place = places(lora, base)
-        self._modules = {place(name): module for name, module in lora.modules.items()}
-        self._biases = {place(name): bias for name, bias in lora.biases.items()}
-        self._replaced = {place(name): key for name, key in lora.replaced.items()}
-        changed = {*self._modules, *self._biases, *self._replaced}
+        self.base, self.lora = base, fit(lora, base)
+        self._modules, self._biases = self.lora.modules, self.lora.biases
+        self._replaced = self.lora.replaced
+        self._scalings = dict(self.lora.scalings)
+        for name, scaling in self.lora.scalings.items():
+            bias = name.removesuffix(".weight") + ".bias"
+            if not scaling.inner and bias in base:
+                self._scalings[bias] = scaling
+        changed = {*self._modules, *self._biases, *self._replaced, *self._scalings}
         self._aliases = {
             alias: name
             for alias, name in base.aliases.items()
@@ -43,38 +52,19 @@ class Adapted(Checkpoint):
             if name not in self._aliases
         }
         self._tensors = {name: base.info(home) for name, home in self._homes.items()}
-        self._check()
         self._remember()
 
     def _remember(self) -> None:
         # the engine reads a weight in many ranges; its factors are read from disk once
-        self._factor = lru_cache(maxsize=8)(self._read_factor)
+        self._factors = lru_cache(maxsize=32)(self._read_factors)
+        self._lengths = lru_cache(maxsize=32)(self._measure_lengths)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_factor"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_factors", "_lengths")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._remember()
-
-    def _check(self) -> None:
-        problems = [
-            problem
-            for name, module in self._modules.items()
-            if (problem := check_shapes(self.lora, name, self._tensors[name], module))
-        ]
-        same = [(n, key) for n, (key, _) in self._biases.items()] + list(self._replaced.items())
-        for name, key in same:
-            theirs, ours = self.lora.weights.info(key).shape, self._tensors[name].shape
-            if theirs != ours:
-                problems.append(f"{shown(name)}: the adapter has shape {list(theirs)}, the base {list(ours)}")
-        problems += [
-            f"{shown(name)} of the base is {self._tensors[name].dtype} and cannot be added to"
-            for name in (*self._modules, *self._biases)
-            if not is_mergeable(self._tensors[name].dtype)
-        ]
-        if problems:
-            raise DataProblems(f"the adapter {self.lora.origin} does not fit {self.base.origin}", problems)
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -87,17 +77,24 @@ class Adapted(Checkpoint):
     def identity(self) -> str | None:
         # the scales stand in adapter_config.json, which is no weight file
         inner = super().identity()
-        return inner and f"{ {name: module.scale for name, module in self._modules.items()} }{inner}"
+        return inner and f"{dict(self._modules)}{dict(self._scalings)}{inner}"
 
     def grain(self, name: str) -> int:
-        """One row where the update is expanded, else the base's grain."""
+        """One row where the update is expanded or inputs are scaled, else the base's grain."""
         info = self.info(name)
         source, key = self._source(name)
         inherited = source.grain(key)
-        if name not in self._modules:
+        if name not in self._modules and name not in self._scalings:
             return inherited
-        row = max(info.numel // max(info.shape[0], 1), 1)
+        row = self._width(name)
         return row if row % inherited == 0 else max(info.numel, 1)
+
+    def _width(self, name: str) -> int:
+        """Elements of a row as updates see it: what follows the first axis, or the last axis of a stack."""
+        shape = self.info(name).shape
+        if isinstance(self._modules.get(name), Experts):
+            return max(shape[-1], 1)
+        return max(self.info(name).numel // max(shape[0], 1), 1)
 
     def _source(self, name: str) -> tuple[Checkpoint, str]:
         """Where the values before the update are: in the adapter if it replaces them, else in the base."""
@@ -111,39 +108,70 @@ class Adapted(Checkpoint):
         info = self.info(name)
         start, stop = element_range(name, info, start, stop, self.grain(name))
         source, key = self._source(name)
-        if name not in self._modules and name not in self._biases:
+        if name not in self._modules and name not in self._biases and name not in self._scalings:
             return source.read(key, start, stop, dtype=dtype)
         values = source.read(key, start, stop).to(torch.float64)
+        if stop > start and name in self._modules:
+            values = self._expanded(name, values, start)
         if name in self._biases:
             bias, factor = self._biases[name]
             values = values + factor * self.lora.weights.read(bias, start, stop).to(torch.float64)
-        elif stop > start:
-            values = self._expanded(name, info, values, start)
+        if name in self._scalings:
+            values = self._scaled(name, values, start)
         return values if dtype is None else round_to(values, dtype)
 
-    def _expanded(self, name: str, info: TensorInfo, values: Tensor, start: int) -> Tensor:
-        module = self._modules[name]
-        row = info.numel // info.shape[0]
-        weight = values.reshape(-1, row)
-        first, last = start // row, start // row + len(weight)
-        a, b = self._factor(module.a), self._factor(module.b)
-        if is_transposed(self.lora, info, module):
-            weight = weight + module.scale * (a[:, first:last].T @ b.T)
-        else:
-            weight = weight + module.scale * (b[first:last] @ a)
-        if module.magnitude:
-            # DoRA: the direction of each row is learned apart from its length
-            length = weight.norm(dim=1, keepdim=True)
-            weight = weight * self._magnitude(module)[first:last, None] / length
+    def _expanded(self, name: str, values: Tensor, start: int) -> Tensor:
+        """The rows from `start` with the update of each slice that they lie in."""
+        update, width = self._modules[name], self._width(name)
+        weight = values.reshape(-1, width)
+        first, last = start // width, start // width + len(weight)
+        each = self.info(name).numel // width // update.count
+        turned = self._turned(name)
+        parts = []
+        for index in range(first // each, -(-last // each)):
+            b, a = self._factors(name, index)
+            low, high = max(first - index * each, 0), min(last - index * each, each)
+            parts.append(a[:, low:high].T @ b.T if turned else b[low:high] @ a)
+        weight = weight + torch.cat(parts)
+        if update.magnitude:
+            # DoRA: the direction of each output is learned apart from its length
+            magnitude = self._magnitude(update)
+            if turned:
+                weight = weight * (magnitude / self._lengths(name))
+            else:
+                weight = weight * magnitude[first:last, None] / weight.norm(dim=1, keepdim=True)
         return weight.reshape(-1)
 
-    def _read_factor(self, key: str) -> Tensor:
-        """A factor as a float64 matrix, kernels flattened."""
-        shape = self.lora.weights.info(key).shape
-        return self.lora.weights.read(key).to(torch.float64).reshape(shape[0], -1)
+    def _turned(self, name: str) -> bool:
+        return is_transposed(self.lora, self.info(name), self._modules[name])
 
-    def _magnitude(self, module: LoraModule) -> Tensor:
-        return self._factor(str(module.magnitude)).reshape(-1)
+    def _measure_lengths(self, name: str) -> Tensor:
+        """‖W + BA‖ of each output where outputs are columns: one pass over the base's rows."""
+        source, key = self._source(name)
+        (b, a), width = self._factors(name, 0), self._width(name)
+        rows, block = self.info(name).numel // width, max(1, _BLOCK // width)
+        total = torch.zeros(width, dtype=torch.float64)
+        for low in range(0, rows, block):
+            high = min(low + block, rows)
+            weight = source.read(key, low * width, high * width).to(torch.float64).reshape(-1, width)
+            total += (weight + a[:, low:high].T @ b.T).square().sum(0)
+        return total.sqrt()
+
+    def _scaled(self, name: str, values: Tensor, start: int) -> Tensor:
+        shape, scaling = self.info(name).shape, self._scalings[name]
+        vector = self.lora.weights.read(scaling.key).to(torch.float64)
+        width = self._width(name)
+        if len(shape) < 2 or scaled_axis(self.lora, shape, scaling) == 0:
+            rows = values.reshape(-1, width)
+            first = start // width
+            return (rows * vector[first : first + len(rows), None]).reshape(-1)
+        return (values.reshape(-1, shape[1], width // shape[1]) * vector[:, None]).reshape(-1)
+
+    def _read_factors(self, name: str, index: int) -> Pair:
+        return self._modules[name].factors(self.lora.weights, index)
+
+    def _magnitude(self, update: Update) -> Tensor:
+        return self.lora.weights.read(str(update.magnitude)).to(torch.float64)
 
     def prefetch(self, name: str, start: int = 0, stop: int | None = None) -> None:
         source, key = self._source(name)

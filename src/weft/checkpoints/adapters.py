@@ -1,4 +1,4 @@
-"""PEFT's LoRA folders as base + an update that is expanded only where it is read.
+"""PEFT's adapter folders as base + an update that is expanded only where it is read.
 
 Every tensor of an adapter must find its place in the base, or nothing is loaded: the field's commonest bug
 is an adapter that matches nothing and a merge that changes nothing. What is not understood is refused.
@@ -8,42 +8,46 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from weft.checkpoints.base import Checkpoint, TensorInfo
+from weft.checkpoints.base import Checkpoint
 from weft.checkpoints.folders import Folder, LocalFolder
 from weft.checkpoints.limits import DEFAULT_LIMITS, Limits, shown
 from weft.checkpoints.model import read_config
 from weft.checkpoints.refs import Kind, Ref, parse_ref
+from weft.checkpoints.updates import Hadamard, Kronecker, LoraModule, Scaling, Update
 from weft.errors import DataError, DataProblems, UsageError
 
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _KEY = re.compile(
-    r"(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B|magnitude_vector)"
-    r"(\.default)?(?P<leaf>\.weight|\.bias)?"
+    r"(?P<module>.+)\.(lora_(?P<part>A|B|embedding_A|embedding_B|magnitude_vector)|(?P<ia3>ia3_l)"
+    r"|(?P<lycoris>(hada|lokr)_\w+))(\.default)?(?P<leaf>\.weight|\.bias)?"
 )
 _KEPT = re.compile(r"\.(base_layer|modules_to_save(\.default)?)\.")
 """Parts of a name that PEFT's wrappers add: the same tensor without them is the base's."""
+_NESTED = re.compile(r"(\.base_layer)*$")
 _REFUSED = (
-    "target_parameters", "layer_replication", "trainable_token_indices", "use_qalora", "use_bdlora",
-    "alora_invocation_tokens", "arrow_config", "megatron_config", "kasa_config", "velora_config",
+    "layer_replication", "trainable_token_indices", "use_qalora", "use_bdlora", "alora_invocation_tokens",
+    "arrow_config", "megatron_config", "kasa_config", "velora_config",
 )  # fmt: skip
+_KINDS = ("LORA", "IA3", "LOHA", "LOKR")
 _INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Starts that leave the base as it is; the others (PiSSA, OLoRA, CorDA, LoftQ) change it."""
+Scale = Callable[[int | None], float]
+"""The rank that the tensors show → the factor of the update."""
 
 
 @dataclass(frozen=True, slots=True)
-class LoraModule:
-    """One update `scale · B A` and the names of its factors in the adapter."""
+class Stack:
+    """An update of stacked experts of which it is not settled yet which parameter of the module it is for."""
 
     a: str
     b: str
-    scale: float
-    embedding: bool = False
-    magnitude: str | None = None
+    parameters: Mapping[str, tuple[int, float]]
+    """The parameters of the module that the config names → their r and scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +57,18 @@ class Lora:
     origin: str
     config: Mapping[str, Any]
     weights: Checkpoint
-    modules: Mapping[str, LoraModule]
+    modules: Mapping[str, Update]
     """Weight → its low-rank update."""
-    biases: Mapping[str, tuple[str, float]]
-    """Bias → (tensor, factor) added to it."""
-    replaced: Mapping[str, str]
+    biases: Mapping[str, tuple[str, float]] = field(default_factory=dict)
+    """Bias (or any tensor) → (tensor of the same shape, factor) added to it."""
+    replaced: Mapping[str, str] = field(default_factory=dict)
     """Tensor → the adapter's full replacement (modules_to_save, trained biases)."""
+    scalings: Mapping[str, Scaling] = field(default_factory=dict)
+    """Weight → what multiplies it."""
+    stacks: Mapping[str, Stack] = field(default_factory=dict)
+    """Module, with `.base_layer` once for each wrapper outside → its update, not settled yet."""
+    underscored: bool = False
+    """Names have underscores where the base has dots (kohya)."""
 
     @property
     def transposed(self) -> bool:
@@ -67,14 +77,23 @@ class Lora:
 
 
 def load_adapter(source: Ref | Folder | Path | str, *, limits: Limits = DEFAULT_LIMITS) -> Lora:
-    """Read an adapter folder: adapter_config.json and its weights. DataError if not understood."""
+    """Read an adapter: a folder with adapter_config.json, or one file as image trainers write them.
+
+    DataError if it is not understood.
+    """
+    from weft.checkpoints.load import open_folder, open_weights
+
     if isinstance(source, Folder):
         folder = source
     else:
-        from weft.checkpoints.load import open_folder
-
         source = Ref(str(source)) if isinstance(source, Path) else source
-        folder = open_folder(parse_ref(source) if isinstance(source, str) else source)
+        ref = parse_ref(source) if isinstance(source, str) else source
+        if ref.path.endswith(".safetensors") and ref.lora is None:
+            from weft.checkpoints.load import load
+            from weft.checkpoints.trainers import describe_file
+
+            return describe_file(load(ref, limits=limits))
+        folder = open_folder(ref)
     names = folder.files()
     if "adapter_config.json" not in names:
         raise DataError(f"{folder.name} is no adapter: it has no adapter_config.json")
@@ -83,13 +102,11 @@ def load_adapter(source: Ref | Folder | Path | str, *, limits: Limits = DEFAULT_
     found = [n for n in _WEIGHTS if n in names]
     if not found:
         raise DataError(f"{folder.name} has no {_WEIGHTS[0]}; fetch the adapter again")
-    from weft.checkpoints.load import open_weights
-
     return describe(config, open_weights(folder.open(found[0]), limits), folder.name)
 
 
 def describe(config: Mapping[str, Any], weights: Checkpoint, origin: str) -> Lora:
-    """Sort the adapter's tensors into updates, biases and replacements."""
+    """Sort the adapter's tensors into updates, scalings, biases and replacements."""
     parts: dict[str, dict[str, str]] = {}
     replaced: dict[str, str] = {}
     problems: list[str] = []
@@ -97,35 +114,126 @@ def describe(config: Mapping[str, Any], weights: Checkpoint, origin: str) -> Lor
         name = key.removeprefix("base_model.model.")
         match = _KEY.fullmatch(name)
         if match:
-            part = match["part"] + (".bias" if match["leaf"] == ".bias" else "")
+            part = match["part"] or match["ia3"] or match["lycoris"]
+            part += ".bias" if match["leaf"] == ".bias" else ""
             parts.setdefault(match["module"], {})[part] = key
         elif "lora_" in name or "token_adapter" in name:
             problems.append(f"{shown(key)} is no LoRA tensor weft knows")
         elif ".original_module." not in name:  # PEFT's own copy of what it replaced
             replaced.setdefault(_KEPT.sub(".", name), key)
-    modules, biases = {}, {}
+    sorted_ = _Sorted(config, weights, problems)
     for module, part in parts.items():
-        kind = "embedding_" if "embedding_A" in part else ""
-        a, b = part.pop(f"{kind}A", None), part.pop(f"{kind}B", None)
-        magnitude, bias = part.pop("magnitude_vector", None), part.pop("B.bias", None)
-        if a is None or b is None or part:
-            problems.append(f"{shown(module)} lacks one of its factors A and B")
-            continue
-        scale = _scale(config, module, weights.info(a).shape[0], problems)
-        modules[f"{module}.weight"] = LoraModule(a, b, scale, bool(kind), magnitude)
-        if bias:
-            biases[f"{module}.bias"] = (bias, scale)
+        sorted_.add(module, part)
     if not parts and not replaced:
         problems.append("it holds no tensors")
     if problems:
         raise DataProblems(f"the adapter {origin} cannot be read", problems)
-    return Lora(origin, config, weights, modules, biases, replaced)
+    return Lora(
+        origin, config, weights, sorted_.modules, sorted_.biases, replaced, sorted_.scalings, sorted_.stacks
+    )
+
+
+class _Sorted:
+    """The adapter's modules by kind, as they are found; what is wrong goes to `problems`."""
+
+    def __init__(self, config: Mapping[str, Any], weights: Checkpoint, problems: list[str]) -> None:
+        self.config, self.weights, self.problems = config, weights, problems
+        self.modules: dict[str, Update] = {}
+        self.biases: dict[str, tuple[str, float]] = {}
+        self.scalings: dict[str, Scaling] = {}
+        self.stacks: dict[str, Stack] = {}
+
+    def add(self, module: str, part: dict[str, str]) -> None:
+        def scale(rank: int | None) -> float:
+            return scale_of(self.config, module, rank, self.problems)
+
+        if "ia3_l" in part:
+            self.scalings[f"{module}.weight"] = self._scaling(module, part["ia3_l"])
+            return
+        if any(p.startswith(("hada_", "lokr_")) for p in part):
+            made = lycoris(part, self.weights, scale)
+            if made is None:
+                self.problems.append(f"{shown(module)} lacks some of its factors: {', '.join(sorted(part))}")
+            else:
+                self.modules[f"{module}.weight"] = made
+            return
+        kind = "embedding_" if "embedding_A" in part else ""
+        a, b = part.pop(f"{kind}A", None), part.pop(f"{kind}B", None)
+        magnitude, bias = part.pop("magnitude_vector", None), part.pop("B.bias", None)
+        if a is None or b is None or part:
+            self.problems.append(f"{shown(module)} lacks one of its factors A and B")
+            return
+        own = _NESTED.sub("", module)
+        parameters = _parameters(self.config, own)
+        if parameters and not magnitude and not kind:
+            known = {p: self._rank_and_scale(f"{own}.{p}") for p in parameters}
+            self.stacks[module] = Stack(a, b, known)
+            return
+        update = LoraModule(a, b, scale(self.weights.info(a).shape[0]), bool(kind), magnitude)
+        self.modules[f"{module}.weight"] = update
+        if bias:
+            self.biases[f"{module}.bias"] = (bias, update.scale)
+
+    def _rank_and_scale(self, name: str) -> tuple[int, float]:
+        """r and the scale of a parameter, whose own name patterns are matched against."""
+        r = _by_pattern(self.config.get("rank_pattern"), name, self.config.get("r"))
+        scale = scale_of(self.config, name, None, self.problems)
+        return (r if type(r) is int else 0), scale
+
+    def _scaling(self, module: str, key: str) -> Scaling:
+        """Which side is scaled: by the vector's shape, and by the config for a convolution's."""
+        shape = self.weights.info(key).shape
+        if len(shape) == 2:
+            return Scaling(key, inner=shape[0] == 1 and shape[1] != 1)
+        ends = self.config.get("feedforward_modules") or []
+        inner = (
+            bool(is_harmless(ends) and re.fullmatch(ends, module))
+            if isinstance(ends, str)
+            else any(module == e or module.endswith(f".{e}") for e in ends)
+        )
+        return Scaling(key, inner)
+
+
+def lycoris(part: Mapping[str, str], weights: Checkpoint, scale: Scale) -> Hadamard | Kronecker | None:
+    """LoHa or LoKr from its tensors' names; None where some are missing. `scale(rank)` gives the factor."""
+    has = part.__contains__
+    magnitude = part.get("dora_scale")
+    if all(map(has, ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"))):
+        middles = (part["hada_t1"], part["hada_t2"]) if has("hada_t1") and has("hada_t2") else None
+        if len(part) - bool(magnitude) != (6 if middles else 4):
+            return None
+        rank = weights.info(part["hada_w1_b"]).shape[0]
+        return Hadamard(
+            (part["hada_w1_a"], part["hada_w1_b"]), (part["hada_w2_a"], part["hada_w2_b"]), scale(rank),
+            middles, magnitude,
+        )  # fmt: skip
+    sides = []
+    for side in ("lokr_w1", "lokr_w2"):
+        pair = (side,) if has(side) else (f"{side}_a", f"{side}_b")
+        if not all(map(has, pair)):
+            return None
+        sides.append(tuple(part[p] for p in pair))
+    middle = part.get("lokr_t2")
+    if len(part) - bool(magnitude) != len(sides[0]) + len(sides[1]) + bool(middle):
+        return None
+    inner = [weights.info(pair[1]).shape[0] for pair in sides if len(pair) == 2]
+    return Kronecker(sides[0], sides[1], scale(inner[0] if inner else None), middle, magnitude)
+
+
+def _parameters(config: Mapping[str, Any], module: str) -> tuple[str, ...]:
+    """The parameters of a module that `target_parameters` names."""
+    found = []
+    for target in config.get("target_parameters") or ():
+        owner, _, parameter = str(target).rpartition(".")
+        if owner and (module == owner or module.endswith(f".{owner}")):
+            found.append(parameter)
+    return tuple(dict.fromkeys(found))
 
 
 def _check_config(config: Mapping[str, Any], origin: str) -> None:
     problems = []
     kind = config.get("peft_type", "LORA")
-    if kind != "LORA":
+    if kind not in _KINDS:
         problems.append(f"peft_type {shown(kind)}: convert it to LoRA with peft, or merge it there")
     problems += [
         f"{key} = {shown(config[key])} changes what the tensors mean; merge it with peft first"
@@ -140,13 +248,16 @@ def _check_config(config: Mapping[str, Any], origin: str) -> None:
         )
     for key in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(key) or {}
-        if not isinstance(pattern, dict) or not all(map(_is_harmless, pattern)):
+        if not isinstance(pattern, dict) or not all(map(is_harmless, pattern)):
             problems.append(f"{key} is no table of simple name patterns")
+    targets = config.get("target_parameters")
+    if targets is not None and not (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
+        problems.append("target_parameters is no list of names")
     if problems:
         raise DataProblems(f"the adapter {origin} is of a kind that weft does not expand", problems)
 
 
-def _is_harmless(pattern: str) -> bool:
+def is_harmless(pattern: str) -> bool:
     """False for a pattern that could take for ever to match (a stranger wrote it)."""
     if len(pattern) > 200 or re.search(r"\)[*+{?]", pattern) or len(re.findall(r"[*+{]", pattern)) > 4:
         return False
@@ -157,14 +268,17 @@ def _is_harmless(pattern: str) -> bool:
     return True
 
 
-def _scale(config: Mapping[str, Any], module: str, rank: int, problems: list[str]) -> float:
-    """alpha / r, or alpha / sqrt(r) for rsLoRA, with the module's own alpha and r where patterns say so."""
+def scale_of(config: Mapping[str, Any], module: str, rank: int | None, problems: list[str]) -> float:
+    """alpha / r, or alpha / sqrt(r) for rsLoRA, with the module's own alpha and r where patterns say so.
+
+    `rank` is what the tensors say, to be compared; None where they do not say it alone (stacks, whole LoKr).
+    """
     r = _by_pattern(config.get("rank_pattern"), module, config.get("r", rank))
-    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", r))
+    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", config.get("alpha", r)))
     if type(r) is not int or r < 1 or isinstance(alpha, bool) or not isinstance(alpha, int | float):
         problems.append(f"{shown(module)}: r = {shown(r)}, alpha = {shown(alpha)} are no rank and factor")
         return 0.0
-    if r != rank:
+    if rank is not None and r != rank:
         problems.append(f"{shown(module)} has rank {rank} but adapter_config.json says {r}")
     return float(alpha) / (sqrt(r) if config.get("use_rslora") else r)
 
@@ -202,59 +316,3 @@ def _named_base(folder: Folder, config: Mapping[str, Any]) -> Ref:
     if ref.kind is Kind.LOCAL:
         raise UsageError(f"{folder.name} names the base {shown(name)}, which is not here; pass base=")
     return ref
-
-
-def places(lora: Lora, base: Checkpoint) -> Callable[[str], str]:
-    """How the adapter's names become the base's: as they are, or with one prefix removed or added.
-
-    A checkpoint on disk may lack the prefix of the model class it was adapted in ("transformer.").
-    DataProblems listing every tensor without a place under the best of these.
-    """
-    known = {*base.tensors, *base.aliases}
-    wanted = [*lora.modules, *lora.biases, *lora.replaced]
-    ways: list[tuple[str, str]] = [("", "")]
-    ways += [(first, "") for first in sorted({n.partition(".")[0] + "." for n in wanted})]
-    ways += [("", first) for first in sorted({n.partition(".")[0] + "." for n in known})]
-
-    def missing(way: tuple[str, str]) -> list[str]:
-        return [n for n in wanted if _moved(n, way) not in known]
-
-    best = min(ways, key=lambda way: len(missing(way)))
-    if missing(best):
-        raise DataProblems(
-            f"the adapter {lora.origin} does not fit {base.origin}; these have no place in it (is it the "
-            "right base?)",
-            [shown(n) for n in missing(best)],
-        )
-    return lambda name: _moved(name, best)
-
-
-def _moved(name: str, way: tuple[str, str]) -> str:
-    removed, added = way
-    return added + name.removeprefix(removed)
-
-
-def check_shapes(lora: Lora, name: str, base: TensorInfo, module: LoraModule) -> str | None:
-    """Why an update cannot be added to a weight of this shape, or None. Also refuses unclear DoRA."""
-    a, b = lora.weights.info(module.a).shape, lora.weights.info(module.b).shape
-    if len(a) < 2 or len(b) < 2 or len(base.shape) < 2 or a[0] != b[1]:
-        return f"{shown(name)}: A {list(a)} and B {list(b)} do not multiply"
-    if any(n != 1 for n in b[2:]):
-        return f"{shown(name)}: B {list(b)} is a convolution of its own, which weft does not expand"
-    made = (b[0], *a[1:])
-    if is_transposed(lora, base, module):
-        made = made[::-1]
-        if module.magnitude:
-            return f"{shown(name)}: DoRA over a transposed weight is not supported; merge it with peft"
-    if made != base.shape:
-        return f"{shown(name)}: the update has shape {list(made)}, the base {list(base.shape)}"
-    return None
-
-
-def is_transposed(lora: Lora, base: TensorInfo, module: LoraModule) -> bool:
-    """True where the weight is stored `[in, out]`: embeddings, and Conv1D by flag or by its shape."""
-    a, b = lora.weights.info(module.a).shape, lora.weights.info(module.b).shape
-    if module.embedding or len(a) != 2:
-        return module.embedding
-    plain, turned = base.shape == (b[0], a[1]), base.shape == (a[1], b[0])
-    return turned and (lora.transposed or not plain)

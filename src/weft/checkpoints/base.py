@@ -76,6 +76,8 @@ class Checkpoint(ABC):
 
     origin: str = "checkpoint"
     """What the user called it: the path, id or expression, for messages."""
+    stem: str = "model"
+    """What its weight file is called in a folder; loaders expect an adapter's to be one file of its own name."""
 
     @property
     @abstractmethod
