@@ -9,7 +9,7 @@ import weft
 from weft.systems import System
 from weft.systems.basic import task_negation, weight_average
 from weft.systems.subspace import DARE
-from weft.systems.weighted import GRID, METAGPT, Choice
+from weft.systems.weighted import CHECKPOINTS, EVOLVED, GRID, METAGPT, Choice
 
 if TYPE_CHECKING:
     from weft.api import Model
@@ -82,7 +82,9 @@ SYSTEMS = (
            entry=HERE + "forget",
            test=TESTS + "test_forgetting_under_a_control_lowers_the_target_and_keeps_the_rest"),
     System("S11", "PEM arithmetic (LoRA, (IA)3)", "2.3.1.2", "merge",
-           "Zhang et al., NeurIPS 2023, arXiv:2306.14870", "Adds, negates and interpolates adapters."),
+           "Zhang et al., NeurIPS 2023, arXiv:2306.14870", "Adds, negates and interpolates adapters.",
+           entry="weft.adapters.arithmetic:Combined",
+           test="tests/systems/test_adapters.py::test_adapters_add_and_negate_as_lora_and_as_ia3"),
     System("S12", "Ethos", "2.3.1.2", "merge", "Gao et al., NAACL Findings 2024, arXiv:2403.08994",
            "Negates only what stands out of a task vector in the aligned weights' singular basis."),
     System("S13", "Ext-Sub", "2.3.1.2", "merge", "Hu et al., AAAI 2024, arXiv:2308.08090",
@@ -110,7 +112,8 @@ SYSTEMS = (
            "LAWA for pre-training: checkpoints far apart, at a high learning rate."),
     System("S22", "Checkpoint Merging (Bayesian optimisation)", "2.3.1.4", "search",
            "Liu et al., 2024, arXiv:2403.19390",
-           "Weighs neighbouring pre-training checkpoints by Bayesian optimisation."),
+           "Weighs neighbouring pre-training checkpoints by Bayesian optimisation.",
+           entry=CHECKPOINTS[0], test=CHECKPOINTS[1]),
     System("S23", "Fusing fine-tuned models as a base", "2.3.1.4", "training",
            "Choshen et al., 2022, arXiv:2204.03044",
            "Starts new fine-tunings from the mean of models that others have fine-tuned."),
@@ -122,7 +125,7 @@ SYSTEMS = (
     System("S26", "Robust Weight Signatures", "2.3.1.5", "merge", "Cai et al., ICML 2023",
            "Patches a network against a corruption with what robust training adds to clean training."),
     System("S27", "Evolutionary model merge", "2.3.1.5", "search", "Akiba et al., 2024, arXiv:2403.13187",
-           "Evolves merging parameters and the order of layers."),
+           "Evolves merging parameters and the order of layers.", entry=EVOLVED[0], test=EVOLVED[1]),
     System("S28", "FuseLLM", "2.3.1.5", "training", "Wan et al., ICLR 2024, arXiv:2401.10491",
            "Distils the fused distributions of several language models into one."),
     System("S29", "FuseChat", "2.3.1.5", "training", "Wan et al., 2024, arXiv:2402.16107",
