@@ -39,6 +39,10 @@ def write(made: Checkpoint, out: Path, as_json: bool, **settings: Any) -> None:
             f"  kept {percent(kept)} of the squared norm; largest relative error {figure(max(errors), 3)} "
             f"({one_line(worst)})"
         )
+    overlaps = [r["overlap"] for r in report.values() if "overlap" in r]
+    if overlaps:
+        mean = figure(sum(overlaps) / len(overlaps), 2)
+        print(f"  overlap of the A's {mean} (1: one start, hardly moved; near 0: independent)")
 
 
 def show(adapters: list[str], base: str | None, as_json: bool) -> None:

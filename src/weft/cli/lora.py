@@ -108,6 +108,7 @@ def merge(
         str, typer.Option(help="same, or any: allow configs that name different bases.")
     ] = "same",
     serve: For = None,
+    layout: Format = "peft",
     dtype: Dtype = None,
     memory: Memory = None,
     threads: Threads = None,
@@ -123,12 +124,13 @@ def merge(
     _choice("missing", missing, "error", "zero")
     _choice("extras", extras, "error", "average", "drop")
     _choice("bases", bases, "same", "any")
-    _check_output(serve, "peft")
+    _check_output(serve, layout)
     with in_parallel(threads):
         made = merge_adapters(
             adapters, weights or None, how=how, rank=rank, energy=energy, seed=seed, missing=missing,  # type: ignore[arg-type]
             extras=extras, base=None if base is None else load(base), bases=bases, serve=serve,  # type: ignore[arg-type]
-            dtype=parse_dtype(dtype) if dtype else None, **_parameters(set_ or []),
+            layout=layout, dtype=parse_dtype(dtype) if dtype else None,  # type: ignore[arg-type]
+            **_parameters(set_ or []),
         )  # fmt: skip
     _write(made, out, json, memory=memory, threads=threads, overwrite=overwrite)
 

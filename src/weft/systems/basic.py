@@ -66,5 +66,7 @@ SYSTEMS = (
            entry="weft.systems.basic:task_analogy",
            test=TESTS + "test_an_analogy_solves_a_combination_that_no_model_was_trained_on"),
     System("M34", "PEM composition", "2.2.3.1", "merge", "Zhang et al., NeurIPS 2023, arXiv:2306.14870",
-           "Adds and negates adapters (LoRA, (IA)3) in their own parameters.", aliases=("S11",)),
+           "Adds and negates adapters (LoRA, (IA)3) in their own parameters.", aliases=("S11",),
+           entry="weft.adapters.arithmetic:Combined",
+           test="tests/systems/test_adapters.py::test_adapters_add_and_negate_as_lora_and_as_ia3"),
 )  # fmt: skip

@@ -11,6 +11,7 @@ from weft.systems import System
 from weft.systems.weighted import GRID, Choice, grid_search
 
 if TYPE_CHECKING:
+    from weft.adapters.merge import Source
     from weft.api import Model
     from weft.checkpoints.base import Checkpoint
 
@@ -55,6 +56,25 @@ def lm_cocktail(
     return weft.merge([fine_tuned, *models], "linear", weight=[alpha, *rest])
 
 
+def add_then_replay(
+    base: Model,
+    adapters: Sequence[Source],
+    replay: Callable[[Checkpoint], Model],
+    scale: float = 0.25,
+) -> Model:
+    """`replay(θ0 + λ Σ BₜAₜ)`: LoRAs of all tasks added exactly, then tuned once on a small balanced memory.
+
+    Every adapter is trained from θ0 on its own task's data; `replay` fine-tunes a model on about ten examples
+    a class of every task.
+    """
+    from weft.adapters.factors import as_adapter
+    from weft.adapters.merge import merge_adapters
+    from weft.checkpoints.adapted import Adapted
+
+    start = weft.load(base)
+    return replay(Adapted(start, as_adapter(merge_adapters(adapters, scale, how="concat", base=start)).lora))
+
+
 TESTS = "tests/systems/test_continual.py::"
 HERE = "weft.systems.continual:"
 
@@ -85,7 +105,9 @@ SYSTEMS = (
            test=TESTS + "test_a_cocktail_keeps_general_accuracy_and_most_of_the_target"),
     System("S53", "Task arithmetic with LoRA for CL (Chitale)", "2.4.1.1", "training",
            "Chitale et al., NeurIPS workshop 2023, arXiv:2311.02428",
-           "Adds the LoRAs of all tasks, then tunes on ten examples a class."),
+           "Adds the LoRAs of all tasks, then tunes on ten examples a class.",
+           entry=HERE + "add_then_replay",
+           test="tests/systems/test_adapters.py::test_loras_of_all_tasks_and_a_replay_nearly_reach_joint_training"),
     System("S54", "DynaMMo", "2.4.1.1", "training", "Qazi et al., 2024, arXiv:2404.14099",
            "Averages one adapter a task, then re-trains the heads on a small memory."),
     System("S55", "DAM dynamic adapter merging", "2.4.1.1", "inference",
