@@ -13,7 +13,7 @@ from weft.checkpoints.lazy import Cast
 from weft.checkpoints.memory import StateDict
 from weft.checkpoints.model import Model
 from weft.checkpoints.refs import Ref
-from weft.errors import UsageError
+from weft.errors import DataError, UsageError
 from weft.methods.merge import Merge
 from weft.recipes import build, read
 
@@ -43,7 +43,8 @@ class Library:
         weights = StateDict({n: torch.full((2, 3), value) for n in NAMES}, origin=key)
         words = self.vocabularies.get(key, {"hi": 0})
         tokenizer = json.dumps({"model": {"vocab": words}, "added_tokens": []}).encode()
-        files = (asset("tokenizer.json", tokenizer), asset("generation_config.json", key.encode()))
+        generation = json.dumps({"of": key}).encode()
+        files = (asset("tokenizer.json", tokenizer), asset("generation_config.json", generation))
         return Model(weights, {"of": key}, files, key)
 
 
@@ -161,26 +162,36 @@ def test_whole_slices() -> None:
     sources = "[{model: a, layer_range: [0, %d]}, {model: c, layer_range: [0, %d]}]"
     text = f"merge_method: linear\nslices:\n- sources: {sources}"
     assert values(make(text % (2, 2))) == [2.0] * 4
-    with pytest.raises(UsageError, match="layer_range ends at 3, but a has 2 layers"):
+    with pytest.raises(UsageError, match=r"slices\[0\]: layer_range \[0, 3\] of a ends behind its last layer: it has 2"):
         make(text % (3, 3))
 
 
 def test_config_and_tokenizer() -> None:
     node = make("merge_method: linear\nbase_model: c\nmodels: [a, b]")
     assert values(node) == [1.5] * 4 and node.config == {"of": "c"}
-    assert [a.read() for a in node.assets][1] == b"c"
+    assert json.loads([a.read() for a in node.assets][1]) == {"of": "c"}
     library = Library({"b": {"yo": 0}})
     node = make("method: linear\nmodels: [a, b]\ntokenizer_source: b", library)
     assert node.config == {"of": "a"}
     files = {a.name: a.read() for a in node.assets}
-    assert b"yo" in files["tokenizer.json"] and files["generation_config.json"] == b"a"
+    assert b"yo" in files["tokenizer.json"] and json.loads(files["generation_config.json"]) == {"of": "a"}
 
 
 def test_union_of_tokenizers() -> None:
     text = "method: linear\nmodels: [a, b]\ntokenizer_source: union"
     assert values(make(text)) == [1.5] * 4
-    with pytest.raises(UsageError, match="b's is not a's"):
-        make(text, Library({"b": {"yo": 0}}))
+    node = make(text, Library({"b": {"yo": 0}}))
+    # "hi" is a's first row, "yo" b's; the row without a token is each one's own
+    assert node.tensor(NAMES[0])[:, 0].tolist() == [1, 2] and node.tensor(NAMES[3])[:, 0].tolist() == [1, 2]
+    tokenizer = json.loads(next(a.read() for a in node.assets if a.name == "tokenizer.json"))
+    assert [t["content"] for t in tokenizer["added_tokens"]] == ["yo"]
+
+
+def test_vocabularies_that_differ_need_a_tokenizer() -> None:
+    library = Library({"b": {"yo": 0}})
+    with pytest.raises(DataError, match="token 0 is 'hi' in a and 'yo' in b"):
+        make("method: linear\nmodels: [a, b]", library)
+    assert values(make("method: linear\nmodels: [a, b]\nmismatch: carry", library)) == [1.5] * 4
 
 
 def test_overrides_and_files(tmp_path: Any) -> None:

@@ -103,7 +103,10 @@ def test_all_meanings_at_once() -> None:
         ("merge_method: linear\nmethod: linear\nmodels: [a]", "exclude each other"),
         ("merge_method: linear\nmodels: []", "models: list should have at least 1 item"),
         ("merge_method: linear\nmodels: [a]\nmodules: {}", "exclude each other"),
-        ("merge_method: linear\nmodules: {text: {models: [a]}}", "not supported yet"),
+        ("merge_method: linear\nmodules: {text: {modls: [a]}}", "did you mean 'models'"),
+        ("merge_method: linear\nmodules: {}", "at least one part"),
+        ("merge_method: linear\nmodules: {text: {parameters: {weight: 1}}}", "models is missing"),
+        ("merge_method: linear\nslices: [{sources: [{model: a, layer_range: [2, 2]}]}]", "[first, end)"),
         ("merge_method: linear\nmodels: [a]\nbase: a\nbase_model: b", "two names of one key"),
         ("merge_method: slerp\nmodels: [a, b, c]", "slerp merges 2 models, got 3"),
         ("merge_method: slerp\nmodels: [a, b]\nbase_model: c", "list both"),
@@ -119,7 +122,14 @@ def test_all_meanings_at_once() -> None:
         ("merge_method: linear\nmodels: [a]\ndtype: int64", "dtype"),
         ("merge_method: linear\nmodels: [a]\ncompat: mergkit", "must be 'mergekit'"),
         ("merge_method: linear\nmodels: [a]\nname: 3", "must be text, not 3; quote it"),
-        ("merge_method: linear\nmodels: [a]\ntokenizer: {tokens: {x: {source: a}}}", "not supported yet"),
+        ("merge_method: linear\nmodels: [a]\ntokenizer: {tokens: {x: {sorce: a}}}", "did you mean 'source'"),
+        ("merge_method: linear\nmodels: [a]\ntokenizer: {tokens: {x: {source: 3}}}", "must be a model, or"),
+        ("merge_method: linear\nmodels: [a]\ntokenizer: {tokens: {x: {source: {kind: one}}}}", "'model_token' or"),
+        ("merge_method: linear\nmodels: [a]\ntokenizer: {tokens: {x: {source: {kind: model_token, model: a}}}}",
+         "either token or token_id"),
+        ("merge_method: linear\nmodels: [a]\ntokenizer: {tokens: {x: {source: {kind: zero, token: y}}}}",
+         "takes no model and no token"),
+        ("merge_method: linear\nmodels: [a]\ntokenizer: {pad_to_multiple_of: 0}", "greater than or equal to 1"),
         ("merge_method: linear\nmodels: [a]\ntokenizer_source: base", "no base_model"),
         ("merge_method: linear\nmodels: [a]\ntokenizer_source: a\ntokenizer: {source: a}",
          "exclude each other"),
@@ -239,13 +249,11 @@ def test_slices() -> None:
         "    - {model: b, layer_range: [0, %d]}\n"
     )
     recipe = one("merge_method: slerp\nbase_model: a\nparameters: {t: 0.5}\n" + whole % 4)
-    assert recipe.models == ("a", "b") and recipe.layers == 4
-    assert "slices are coming" in only("merge_method: slerp\nbase_model: a\n" + whole % 3)
-    two = whole % 4 + "  - sources: [{model: a, layer_range: [0, 4]}]\n"
-    assert "slices are coming" in only("merge_method: linear\n" + two)
+    assert recipe.models == ("a", "b") and recipe.slices[0].ranges == ((0, 4), (0, 4))
+    assert "as many layers each, not 4, 3" in only("merge_method: slerp\nbase_model: a\n" + whole % 3)
     no_range = "slices: [{sources: [{model: a}, {model: b}], parameters: {t: 0.25}}]"
     recipe = one("merge_method: slerp\nparameters: {t: 0.5}\n" + no_range)
-    assert recipe.layers is None and recipe.params(AT)["t"] == 0.25
+    assert not recipe.slices and recipe.params(AT)["t"] == 0.25
 
 
 def test_scope_follows_a_varying_density() -> None:
@@ -267,7 +275,12 @@ def test_tokenizer() -> None:
     assert one("method: linear\nmodels: [a, b]\ntokenizer_source: b").tokenizer_from == "b"
     assert one("method: linear\nmodels: [a, b]\ntokenizer: {source: union}").tokenizer_from == "union"
     recipe = one("method: ties\nbase: b\nmodels: [a]\ntokenizer_source: base\nchat_template: auto")
-    assert recipe.tokenizer_from is None and "chat_template" in recipe.notes[0]
+    assert recipe.tokenizer_from is None and recipe.tokenizer is not None and recipe.tokenizer.source == "b"
+    assert recipe.chat_template == "auto" and recipe.describe()["tokenizer"] == {"source": "base"}
+    assert one("method: linear\nmodels: [a]\ntokenizer: {pad_to_multiple_of: 8}").tokenizer_from == "union"
+    rows = "{x: {source: c}, y: {source: {kind: zero}}, z: {source: {kind: model_token, model: d, token_id: 3}}}"
+    recipe = one(f"method: linear\nmodels: [a, b]\ntokenizer: {{source: a, tokens: {rows}}}")
+    assert recipe.references == ("a", "b", "c", "d")
 
 
 def test_out_dtype_wins() -> None:

@@ -51,7 +51,8 @@ class Whole:
 class Assembled(Checkpoint):
     """Tensors put together from `pieces`: output name → a span, or a `Whole` of several.
 
-    `config`, `assets` and `aliases` (tied name → name in `pieces`) are the result's own. Raises DataProblems
+    `config`, `assets` and `aliases` (tied name → name in `pieces`) are the result's own; `carried` says of
+    tensors that they are copied rather than merged, and why, for the manifest. Raises DataProblems
     naming every tensor whose spans do not fill its shape or reach outside their tensors.
     """
 
@@ -63,10 +64,12 @@ class Assembled(Checkpoint):
         assets: tuple[Asset, ...] = (),
         aliases: Mapping[str, str] | None = None,
         origin: str = "assembled",
+        carried: Mapping[str, str] | None = None,
     ) -> None:
         if not pieces:
             raise UsageError(f"{origin}: there is no tensor to assemble")
         self.origin, self._config, self._assets, self._aliases = origin, config, assets, dict(aliases or {})
+        self.carried = dict(carried or {})
         self._wholes = {n: p if isinstance(p, Whole) else Whole((p,)) for n, p in pieces.items()}
         self._tensors = {n: _info(w) for n, w in self._wholes.items()}
         self._check()

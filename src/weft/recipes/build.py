@@ -10,21 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from weft.checkpoints.base import Asset, Checkpoint
-from weft.checkpoints.limits import shown
+from weft.checkpoints.base import Checkpoint
 from weft.checkpoints.refs import Ref, parse_ref
-from weft.checkpoints.strictjson import parse_json
 from weft.errors import UsageError, did_you_mean
+from weft.recipes import pieces, tokenizer
 from weft.recipes.read import Readable, read
-from weft.recipes.recipe import Named, Recipe, Source, show_source, target, walk
+from weft.recipes.recipe import Named, Recipe, Source, target, walk
 
 Loader = Callable[[Any], Checkpoint]
-
-TOKENIZER_FILES = (
-    "tokenizer", "vocab", "merges", "special_tokens_map", "added_tokens", "chat_template", "spiece",
-    "additional_chat_templates",
-)  # fmt: skip
-"""How the names of files begin that belong to the tokenizer."""
 
 
 def build(
@@ -66,6 +59,7 @@ class _Graph:
         self.loader, self.seed = loader, seed
         self.loaded: dict[Ref, Checkpoint] = {}
         self.merged: dict[int, Checkpoint] = {}
+        self.spelled: dict[int, dict[int, Checkpoint]] = {}
         self.open: list[Recipe] = []
 
     def node(self, recipe: Recipe, seed: int) -> Checkpoint:
@@ -83,23 +77,28 @@ class _Graph:
 
     def _merge(self, recipe: Recipe, around: int) -> Checkpoint:
         from weft.checkpoints.lazy import Cast
-        from weft.methods.merge import Merge
 
         seed = self.seed if self.seed is not None else recipe.seed if recipe.seed is not None else around
         models = [self.source(m, recipe, seed) for m in recipe.models]
         base = None if recipe.base is None else self.source(recipe.base, recipe, seed)
-        if recipe.layers is not None:
-            _check_layers(recipe, models)
-        made: Checkpoint = Merge(
-            models, base=base, method=recipe.method, params=recipe.params, seed=seed, missing=recipe.missing,
-            mismatch=recipe.mismatch, nonfinite=recipe.nonfinite, origin=recipe.name or "",
-        )  # fmt: skip
+        tokenizer.check_one_vocabulary(recipe, models if base is None else [base, *models])
+        made = pieces.merged(recipe, seed, lambda s: self.source(s, recipe, seed))
         if recipe.dtype is not None:
             made = Cast(made, recipe.dtype)
         return self._in_company(made, recipe, seed)
 
     def source(self, source: Source, recipe: Recipe, seed: int) -> Checkpoint:
-        """The checkpoint of one source of `recipe`."""
+        """The checkpoint of one source of `recipe`, in the vocabulary that the recipe asks for."""
+        made = self._source(source, recipe, seed)
+        if recipe.tokenizer is None:
+            return made
+        if id(recipe) not in self.spelled:
+            self.spelled[id(recipe)] = tokenizer.in_one_vocabulary(
+                recipe, lambda s: self._source(s, recipe, seed)
+            )
+        return self.spelled[id(recipe)].get(id(made), made)
+
+    def _source(self, source: Source, recipe: Recipe, seed: int) -> Checkpoint:
         if isinstance(source, Recipe):
             return self.node(source, seed)
         if isinstance(source, Named):
@@ -113,63 +112,11 @@ class _Graph:
         return self.loaded[ref]
 
     def _in_company(self, made: Checkpoint, recipe: Recipe, seed: int) -> Checkpoint:
-        """The result with the config and tokenizer the recipe asks for."""
-        if recipe.config_from is None and recipe.tokenizer_from is None:
-            return made
-        from weft.checkpoints.model import Model
-
-        main = made if recipe.config_from is None else self.source(recipe.config_from, recipe, seed)
-        assets = main.assets
-        if recipe.tokenizer_from == "union":
-            _check_one_tokenizer([self.source(s, recipe, seed) for s in recipe.sources])
-        elif recipe.tokenizer_from is not None:
-            other = self.source(recipe.tokenizer_from, recipe, seed)
-            assets = tuple(a for a in assets if not _of_tokenizer(a)) + tuple(
-                a for a in other.assets if _of_tokenizer(a)
-            )
-        return Model(made, main.config, assets, made.origin)
-
-
-def _check_layers(recipe: Recipe, models: Sequence[Checkpoint]) -> None:
-    """A slice is read as a whole model only if it is one."""
-    from weft.methods.layers import count_layers
-
-    for source, model in zip(recipe.models, models, strict=True):
-        counts = count_layers(model)
-        if recipe.layers not in counts.values():
-            has = max(counts.values(), default=0)
-            raise UsageError(
-                f"slices: layer_range ends at {recipe.layers}, but {show_source(source)} has {has} layers; "
-                f"slices of a model are not supported yet (give [0, {has}], or use models)"
-            )
-
-
-def _of_tokenizer(asset: Asset) -> bool:
-    return asset.name.startswith(TOKENIZER_FILES) or asset.name.endswith((".tiktoken", ".spm", ".model"))
-
-
-def _check_one_tokenizer(models: Sequence[Checkpoint]) -> None:
-    """The union of one vocabulary with itself is itself; any other would move rows, which comes later."""
-    vocabularies = [_vocabulary(m) for m in models]
-    for model, words in zip(models, vocabularies, strict=True):
-        if words != vocabularies[0]:
-            raise UsageError(
-                f"tokenizer_source: union is not supported yet where the vocabularies differ, and "
-                f"{model.origin}'s is not {models[0].origin}'s; take one model's with tokenizer_source: base"
-            )
-
-
-def _vocabulary(model: Checkpoint) -> Any:
-    """Words and their numbers, however the file is laid out; the bytes of a file that is not JSON."""
-    files = {a.name: a for a in model.assets if a.name in ("tokenizer.json", "tokenizer.model", "vocab.json")}
-    if "tokenizer.json" not in files:
-        return {name: asset.read() for name, asset in files.items()}
-    where = f"{shown(model.origin)}/tokenizer.json"
-    data = parse_json(files["tokenizer.json"].read(), where, "config-json", depth=64)
-    inner, added = data.get("model"), data.get("added_tokens")
-    words = inner.get("vocab") if isinstance(inner, dict) else None
-    extra = [(t.get("id"), t.get("content")) for t in added or [] if isinstance(t, dict)]
-    return words, sorted(extra, key=repr)
+        """The result with the chat template the recipe asks for."""
+        if recipe.chat_template is not None:
+            models = [self._source(s, recipe, seed) for s in recipe.references]
+            made = tokenizer.with_template(made, recipe.chat_template, models)
+        return made
 
 
 def documents(recipe: Recipe) -> list[Recipe]:

@@ -129,7 +129,7 @@ def _references(recipes: Sequence[Recipe]) -> list[Ref]:
     found: list[Ref] = []
     for recipe in recipes:
         for inner in documents(recipe):
-            for source in inner.references:
+            for source in (*inner.references, *inner.measured):
                 if isinstance(source, Recipe | Named):
                     continue
                 try:

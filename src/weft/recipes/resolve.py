@@ -6,7 +6,7 @@ Everything that can be known without opening a file is checked here, and reporte
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,21 +15,13 @@ from weft.checkpoints.dtypes import parse_dtype
 from weft.checkpoints.refs import Ref, parse_ref
 from weft.errors import UsageError
 from weft.methods.step import At
-from weft.recipes import mergekit, schema
+from weft.recipes import mergekit, schema, tokenizer
 from weft.recipes.findings import Findings
+from weft.recipes.groups import BaseRaw, Entry, Group, as_recipe, groups, in_modules, in_slices
 from weft.recipes.parameters import Asked, Level, gather, sample
-from weft.recipes.recipe import Named, Recipe, Source
+from weft.recipes.recipe import Named, Recipe, Slice, Source
 from weft.recipes.steps import steps_method
 from weft.recipes.yaml import Path
-
-
-@dataclass
-class Entry:
-    """One model of the recipe."""
-
-    source: Source
-    level: Level
-    path: Path
 
 
 @dataclass
@@ -40,45 +32,98 @@ class Around:
     compat: Any = None
 
 
-def resolve(raw: schema.Recipe, found: Findings, path: Path, around: Around) -> Recipe | None:
-    """The recipe, or None after reporting what is wrong with it."""
+def resolve(
+    raw: schema.Recipe, found: Findings, path: Path, around: Around, outer: Sequence[Level] = ()
+) -> Recipe | None:
+    """The recipe, or None after reporting what is wrong with it. `outer` are parameters from around it."""
     before = len(found.problems)
-    compat = raw.compat or around.compat
-    within = Around(around.names, compat)
-    asked = _method(raw, found, path, compat)
-    entries, shared, base_raw, layers = _entries(raw, found, path, within)
-    base = _source(*base_raw, found, within) if base_raw else None
+    within = Around(around.names, raw.compat or around.compat)
     dtype = _dtype(raw, found, path)
     if path and raw.name is not None:
         found.problem((*path, "name"), "a recipe inside another has no name; make it a document of its own")
-    if asked is None or entries is None:
+    base_raw = _base_raw(raw, found, path)
+    given = [k for k in ("models", "slices", "modules") if getattr(raw, k) is not None]
+    if len(given) != 1:
+        found.problem((*path, *given[1:2]), f"{' and '.join(given)} exclude each other" if given
+                      else "models is missing: list the models to merge")  # fmt: skip
+    if given[:1] == ["modules"]:
+        made = _of_modules(raw, found, path, within)
+    else:
+        made = _of_groups(raw, base_raw, found, path, within, outer)
+    if made is None or len(given) != 1 or len(found.problems) > before:
         return None
-    entries, base, config_from = _base(asked, entries, base, base_raw, found, path)
-    _arity(asked, entries, base, found, path)
-    params, given = gather(asked, [e.level for e in entries], shared, found)
+    anchor = _source(*base_raw, found, within) if base_raw else None
+    chosen = tokenizer.choice(raw, found, path, anchor, lambda r, p: _source(r, p, found, within))
+    frame = None if raw.frame is None else _source(raw.frame, (*path, "frame"), found, within)
     if len(found.problems) > before:
         return None
-    models = tuple(e.source for e in entries)
+    return replace(
+        made, name=raw.name, dtype=dtype, tokenizer=chosen, chat_template=raw.chat_template, frame=frame
+    )
+
+
+def _of_modules(raw: schema.Recipe, found: Findings, path: Path, around: Around) -> Recipe | None:
+    """A recipe with one inside for each part of the model."""
+    made = {}
+    if not raw.modules:
+        found.problem((*path, "modules"), "name at least one part of the model, with its models or slices")
+        return None
+    for name, module in raw.modules.items():
+        inner = as_recipe(raw, module)
+        shared: Level = (raw.parameters, (*path, "parameters"))
+        recipe = resolve(inner, found, (*path, "modules", name), around, [shared])
+        if recipe is not None:
+            made[name] = recipe
+    return in_modules(made) if len(made) == len(raw.modules) else None
+
+
+def _of_groups(
+    raw: schema.Recipe, base: BaseRaw, found: Findings, path: Path, around: Around, outer: Sequence[Level]
+) -> Recipe | None:
+    """A recipe of models, or of slices of them."""
+    asked = _method(raw, found, path, around.compat)
+    if raw.models is None and raw.slices is None:
+        return None
+    every = groups(raw, base, found, path, lambda r, p: _source(r, p, found, around), outer)
+    if base is not None:
+        _source(*base, found, around)  # reported though the models be wrong, too
+    if asked is None or every is None:
+        return None
+    made = [_of_group(raw, asked, group, found, path, around) for group in every]
+    slices = [s for s in made if s is not None]
+    if len(slices) < len(made):
+        return None
+    plain = raw.slices is None or (len(slices) == 1 and not any(slices[0].ranges))
+    return slices[0].recipe if plain else in_slices(slices)
+
+
+def _of_group(
+    raw: schema.Recipe, asked: Asked, group: Group, found: Findings, path: Path, around: Around
+) -> Slice | None:
+    """What the models of one group are merged to."""
+    before, compat = len(found.problems), around.compat
+    base = _source(*group.base, found, around) if group.base else None
+    base_range = group.base_range(base, _same, found)
+    entries, base, config_from = _base(asked, group.entries, base, group.base, found, path)
+    _arity(asked, entries, base, found, path)
+    params, given = gather(asked, [e.level for e in entries], group.shared, found)
+    statistics, base_statistics = _statistics(raw, entries, found, path, around)
+    if len(found.problems) > before:
+        return None
     try:
-        _probe(asked, params.by_name, len(models))
+        _probe(asked, params.by_name, len(entries))
     except UsageError as error:
         found.problem((*path, "parameters"), str(error))
         return None
-    tokenizer = _tokenizer(raw, found, path, within, base_raw)
-    if raw.chat_template is not None:
-        found.note((*path, "chat_template"), "not applied yet: the output has its tokenizer's template")
-    if len(found.problems) > before:
-        return None
     otherwise = mergekit.method_differences(asked.method, asked.spelling, params, given, compat)
-    differences = [f"{asked.method.name}: {d}" for d in otherwise]
-    return Recipe(
-        method=asked.method, models=models, base=base, params=params,
-        name=raw.name, dtype=dtype, seed=raw.seed,
+    made = Recipe(
+        method=asked.method, models=tuple(e.source for e in entries), base=base, params=params, seed=raw.seed,
         missing=raw.missing, mismatch=raw.mismatch, nonfinite=raw.nonfinite, compat=compat,
         mergekit_method=raw.merge_method if raw.merge_method in mergekit.SPELLINGS else None,
-        config_from=config_from, tokenizer_from=tokenizer, layers=layers, given=given,
-        differences=tuple(differences),
+        statistics=statistics, base_statistics=base_statistics,
+        config_from=config_from, given=given, differences=tuple(f"{asked.method.name}: {d}" for d in otherwise),
     )  # fmt: skip
+    return Slice(made, tuple(e.range for e in entries), None if base is None else base_range)
 
 
 def _method(raw: schema.Recipe, found: Findings, path: Path, compat: Any) -> Asked | None:
@@ -99,59 +144,11 @@ def _method(raw: schema.Recipe, found: Findings, path: Path, compat: Any) -> Ask
     return Asked(method, spelling, compat, raw.merge_method is not None, {})
 
 
-BaseRaw = tuple[Any, Path] | None
-
-
-def _entries(
-    raw: schema.Recipe, found: Findings, path: Path, around: Around
-) -> tuple[list[Entry] | None, list[Level], BaseRaw, int | None]:
-    """The models, the shared levels of parameters (nearest first), the base, the layers a slice must have."""
+def _base_raw(raw: schema.Recipe, found: Findings, path: Path) -> BaseRaw:
     if raw.base is not None and raw.base_model is not None:
         found.problem((*path, "base"), "base and base_model are two names of one key; give one")
     key = "base" if raw.base is not None else "base_model"
-    base: BaseRaw = (getattr(raw, key), (*path, key)) if getattr(raw, key) is not None else None
-    shared: list[Level] = [(raw.parameters, (*path, "parameters"))]
-    given = [k for k in ("models", "slices", "modules") if getattr(raw, k) is not None]
-    if len(given) != 1:
-        found.problem((*path, *given[1:2]), f"{' and '.join(given)} exclude each other" if given
-                      else "models is missing: list the models to merge")  # fmt: skip
-        return None, shared, base, None
-    if raw.modules is not None:
-        found.problem((*path, "modules"), "modules are not supported yet; use models")
-        return None, shared, base, None
-    inputs: Sequence[str | schema.Input]
-    place: Path
-    layers = None
-    if raw.slices is not None:
-        slice_path = (*path, "slices")
-        layers = _whole_layers(raw.slices, found, slice_path)
-        one = raw.slices[0]
-        inputs, place = one.sources, (*slice_path, 0, "sources")
-        shared.insert(0, (one.parameters, (*slice_path, 0, "parameters")))
-        if one.base_model is not None:
-            base = (one.base_model, (*slice_path, 0, "base_model"))
-    else:
-        inputs, place = raw.models or [], (*path, "models")
-    entries = []
-    for i, item in enumerate(inputs):
-        at = (*place, i)
-        model, parameters = (item, None) if isinstance(item, str) else (item.model, item.parameters)
-        model_path = at if isinstance(item, str) else (*at, "model")
-        source = _source(model, model_path, found, around)
-        if source is not None:
-            entries.append(Entry(source, (parameters, (*at, "parameters")), at))
-    return entries if len(entries) == len(inputs) else None, shared, base, layers
-
-
-def _whole_layers(slices: list[schema.Slice], found: Findings, path: Path) -> int | None:
-    """The number of layers of the one slice that is a whole model; other slices are reported."""
-    ranges = {tuple(s.layer_range) if s.layer_range else None for s in slices[0].sources}
-    only = next(iter(ranges)) if len(ranges) == 1 else ()
-    if len(slices) > 1 or only == () or (only is not None and (only[0] != 0 or only[1] < 1)):
-        found.problem(path, "not yet supported: slices are coming. One slice whose sources all have the same "
-                            "layer_range from 0 to the last layer is accepted, as are models")  # fmt: skip
-        return None
-    return only[1] if only else None
+    return (getattr(raw, key), (*path, key)) if getattr(raw, key) is not None else None
 
 
 def _source(raw: Any, path: Path, found: Findings, around: Around) -> Source | None:
@@ -227,9 +224,25 @@ def _arity(asked: Asked, entries: list[Entry], base: Source | None, found: Findi
         found.problem((*path, "models"), f"{error}{' besides the base' if base is not None else ''}")
     seen: list[Entry] = []
     for entry in entries:
-        if any(_same(entry.source, other.source) for other in seen):
+        if any(_same(entry.source, o.source) and entry.range == o.range for o in seen):
             found.note(entry.path, "this model is listed before, and counts twice")
         seen.append(entry)
+
+
+def _statistics(
+    raw: schema.Recipe, entries: list[Entry], found: Findings, path: Path, around: Around
+) -> tuple[tuple[Source, ...], Source | None]:
+    """What was measured of the models and of the base; all models have statistics, or none."""
+    given = [e.statistics for e in entries if e.statistics is not None]
+    if given and len(given) < len(entries):
+        for entry in entries:
+            if entry.statistics is None:
+                found.problem(entry.path, "has no statistics, though other models have: give all or none")
+    of_base = raw.base_statistics
+    if (given or of_base) and (raw.slices is not None or "modules" in path):
+        found.problem(path, "statistics are of whole models: list these under models")
+    key = (*path, "base_statistics")
+    return tuple(given), None if of_base is None else _source(of_base, key, found, around)
 
 
 def _probe(asked: Asked, by_name: Mapping[str, Any], k: int) -> None:
@@ -241,7 +254,9 @@ def _probe(asked: Asked, by_name: Mapping[str, Any], k: int) -> None:
     at = At("model.layers.0.mlp.up_proj.weight", (2, 2), layer=0, layers=1)
     for end in (0, -1):
         values = {name: sample(schedule, end) for name, schedule in by_name.items()}
-        asked.method.pipeline(**values)(toy, base=torch.ones(2, 2, dtype=torch.float64), at=at)
+        steps = asked.method.pipeline(**values)
+        none = dict.fromkeys(n.source for n in steps.needs)
+        steps(toy, base=torch.ones(2, 2, dtype=torch.float64), at=at, statistics=none)
 
 
 def _dtype(raw: schema.Recipe, found: Findings, path: Path) -> torch.dtype | None:
@@ -255,29 +270,3 @@ def _dtype(raw: schema.Recipe, found: Findings, path: Path) -> torch.dtype | Non
         except UsageError as error:
             found.problem((*path, key), str(error))
     return dtype
-
-
-def _tokenizer(raw: schema.Recipe, found: Findings, path: Path, around: Around, base: BaseRaw) -> Any:
-    """Whose tokenizer the result takes: a source, "union", or None for that of the config."""
-    if raw.tokenizer is not None and raw.tokenizer_source is not None:
-        found.problem((*path, "tokenizer_source"), "tokenizer and tokenizer_source exclude each other")
-    source: Any = raw.tokenizer_source
-    where: Path = (*path, "tokenizer_source")
-    if raw.tokenizer is not None:
-        where = (*path, "tokenizer")
-        source = raw.tokenizer if isinstance(raw.tokenizer, str) else raw.tokenizer.source
-        if not isinstance(raw.tokenizer, str):
-            for key in ("tokens", "pad_to_multiple_of"):
-                if getattr(raw.tokenizer, key):
-                    found.problem((*where, key), "not supported yet: weft does not change the vocabulary")
-    if source is None:
-        return None
-    if source == "union":
-        found.note(where, "union is taken to mean that all models share one tokenizer")
-        return "union"
-    if source == "base":
-        if base is None:
-            found.problem(where, "there is no base_model to take the tokenizer from")
-            return None
-        return None  # the result takes it from its base anyway
-    return _source(source, where, found, around)

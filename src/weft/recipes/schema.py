@@ -87,6 +87,17 @@ class Input(Strict):
 
     model: Model
     parameters: Parameters | None = Field(None, description="Values of this model: weight, density …")
+    statistics: Place | None = Field(None, description="What weft measure made of this model.")
+
+
+def _input_form(value: Any) -> str:
+    return "<text>" if isinstance(value, str) else "<input>"
+
+
+ListedModel = Annotated[
+    Annotated[str, Tag("<text>"), Field(min_length=1)] | Annotated[Input, Tag("<input>")],
+    Discriminator(_input_form),
+]
 
 
 class SliceSource(Input):
@@ -104,16 +115,52 @@ class Slice(Strict):
     residual_weight: Any = Field(None, description="MergeKit's; it has no effect there either.")
 
 
+class Module(Strict):
+    """One part of a model of several: its language model, a tower, an encoder."""
+
+    models: list[ListedModel] | None = Field(None, min_length=1, description="The models to merge.")
+    slices: list[Slice] | None = Field(None, min_length=1, description="Or their layers, slice by slice.")
+    merge_method: str | None = Field(None, description="The recipe's, if not given here.")
+    method: str | None = Field(None, description="The same as merge_method, under weft's name.")
+    base_model: Model | None = None
+    parameters: Parameters | None = None
+
+
+class TokenEmbedding(Strict):
+    """The row of a token of some model, or zero."""
+
+    kind: Literal["model_token", "zero"]
+    model: Model | None = None
+    token: str | None = Field(None, description="Which token of the model, by its text.")
+    token_id: int | None = Field(None, ge=0, description="The same by its number.")
+
+
+def _row_form(value: Any) -> str | None:
+    if isinstance(value, TokenEmbedding) or (isinstance(value, Mapping) and "kind" in value):
+        return "<row>"
+    return None if model_form(value) is None else "<model>"
+
+
+class TokenRule(Strict):
+    """Where the row of one token comes from."""
+
+    source: Annotated[
+        Annotated[TokenEmbedding, Tag("<row>")] | Annotated[Model, Tag("<model>")],
+        Discriminator(
+            _row_form, custom_error_type="row",
+            custom_error_message="must be a model, or {kind: model_token | zero, …}",
+        ),
+    ] | None = None  # fmt: skip
+    force: bool = Field(False, description="Also for models that have the token.")
+
+
 class Tokenizer(Strict):
     """Where the tokenizer comes from."""
 
-    source: Model | None = Field(None, description="base, union or a model")
-    tokens: dict[str, Any] | None = None
-    pad_to_multiple_of: int | None = None
-
-
-def _input_form(value: Any) -> str:
-    return "<text>" if isinstance(value, str) else "<input>"
+    source: Model | None = Field(None, description="base, union (the default) or a model.")
+    tokens: dict[str, TokenRule] | None = Field(None, description="Where rows of single tokens come from.")
+    pad_to_multiple_of: int | None = Field(None, ge=1, description="Round the number of rows up.")
+    force: bool = Field(False, description="Also where the tokenizers are of different kinds.")
 
 
 def _tokenizer_form(value: Any) -> str:
@@ -129,16 +176,17 @@ class Recipe(Strict):
     steps: list[Any] | None = Field(
         None, min_length=1, description="A method made of steps: names, or {name: {parameter: value}}."
     )
-    models: list[
-        Annotated[
-            Annotated[str, Tag("<text>"), Field(min_length=1)] | Annotated[Input, Tag("<input>")],
-            Discriminator(_input_form),
-        ]
-    ] | None = Field(None, min_length=1, description="The models to merge.")  # fmt: skip
-    slices: list[Slice] | None = Field(None, min_length=1, description="Only one slice over all layers, yet.")
-    modules: Any = Field(None, description="MergeKit's; not supported yet.")
+    models: list[ListedModel] | None = Field(None, min_length=1, description="The models to merge.")
+    slices: list[Slice] | None = Field(None, min_length=1, description="Layers that are merged slice by slice.")
+    modules: dict[str, Module] | None = Field(
+        None, description="What becomes of each part of a model of several (encoder, vision_tower)."
+    )
+    frame: Model | None = Field(
+        None, description="The model whose other parts are kept: a vision-language model around a language model."
+    )
     base_model: Model | None = Field(None, description="The model the others were fine-tuned from.")
     base: Model | None = Field(None, description="The same as base_model.")
+    base_statistics: Place | None = Field(None, description="What weft measure made of the base.")
     parameters: Parameters | None = Field(None, description="Parameters of the method, for all models.")
     dtype: str | None = Field(None, description="dtype of the output; weft computes in float32 at least.")
     out_dtype: str | None = Field(None, description="dtype of the output; goes before dtype.")
@@ -147,7 +195,9 @@ class Recipe(Strict):
         Annotated[str, Tag("<text>")] | Annotated[Tokenizer, Tag("<tokenizer>")],
         Discriminator(_tokenizer_form),
     ] | None = Field(None, description="Where the tokenizer comes from.")  # fmt: skip
-    chat_template: str | None = Field(None, description="Recognised, and not applied yet.")
+    chat_template: str | None = Field(
+        None, description="auto, alpaca, chatml, exaone, llama3, mistral, or a Jinja template."
+    )
     seed: int | None = Field(None, ge=0, lt=2**63, description="For methods that draw random numbers.")
     missing: Literal["error", "carry", "available"] = Field(
         "error", description="Tensors not all models have: an error, carried over, or merged from the rest."
@@ -161,8 +211,9 @@ Input.model_rebuild()
 
 TOP = tuple(Recipe.model_fields)
 _BELOW: dict[str, type[Strict]] = {
-    "models": Input, "slices": Slice, "sources": SliceSource, "<recipe>": Recipe, "<path>": PathRef,
-    "<ref>": ModelRef, "<input>": Input, "<tokenizer>": Tokenizer,
+    "models": Input, "slices": Slice, "sources": SliceSource, "modules": Module,
+    "<recipe>": Recipe, "<path>": PathRef, "<ref>": ModelRef, "<input>": Input, "<tokenizer>": Tokenizer, "tokens": TokenRule,
+    "<row>": TokenEmbedding,
 }  # fmt: skip
 _EXPECTED = {
     "string_type": "text", "int_type": "a whole number", "list_type": "a list", "dict_type": "a mapping",

@@ -1,0 +1,1 @@
+"""Vocabularies: reading tokenizers as data, bringing models to one vocabulary, transplanting, chat templates."""
