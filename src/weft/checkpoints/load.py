@@ -14,6 +14,7 @@ from weft.checkpoints.folders import Folder, LocalFolder
 from weft.checkpoints.limits import DEFAULT_LIMITS, Limits, shown
 from weft.checkpoints.memory import StateDict
 from weft.checkpoints.model import CONFIG, Model, assets_of, read_config
+from weft.checkpoints.quantised import dequantised
 from weft.checkpoints.refs import Kind, Ref, parse_ref
 from weft.checkpoints.safetensors import SafetensorsFile
 from weft.checkpoints.sharded import load_sharded
@@ -97,7 +98,7 @@ def _load_place(ref: Ref, base: object, limits: Limits) -> Checkpoint:
         from weft.checkpoints.remote import RemoteSource, remote_parent
 
         if ref.path.split("?")[0].endswith((".safetensors", *TORCH_SUFFIXES)):
-            return open_weights(RemoteSource(ref.path, limits), limits)
+            return dequantised(open_weights(RemoteSource(ref.path, limits), limits))
         if ref.path.endswith(_INDEX_SUFFIXES):
             parent, name = remote_parent(ref.path, PROBED)
             return _with_company(parent, _load_index(parent, name, limits), limits)
@@ -117,7 +118,7 @@ def _load_file(path: Path, limits: Limits) -> Checkpoint:
         weights = open_weights(LocalSource(path), limits)
     if folder.exists(CONFIG):
         return _with_company(folder, weights, limits, str(path))
-    return weights
+    return dequantised(weights)
 
 
 def load_folder(folder: Folder, *, base: object = None, limits: Limits = DEFAULT_LIMITS) -> Checkpoint:
@@ -141,8 +142,6 @@ def load_folder(folder: Folder, *, base: object = None, limits: Limits = DEFAULT
 def _with_company(
     folder: Folder, weights: Checkpoint, limits: Limits, origin: str | None = None
 ) -> Checkpoint:
-    from weft.checkpoints.quantised import dequantised
-
     config = read_config(folder, limits=limits) if folder.exists(CONFIG) else None
     model = Model(weights, config, assets_of(folder, limits), origin or folder.name)
     return dequantised(model)

@@ -75,7 +75,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 def _format(checkpoint: Checkpoint) -> str:
     paths = {f.path.split("?")[0] for f in checkpoint.files}
     kinds = {"safetensors" if p.endswith(".safetensors") else "torch" for p in paths}
-    made = {"Adapted": ", a base with an adapter", "Dequantised": ", 8-bit codes shown as their values"}
+    made = {"Adapted": ", a base with an adapter", "Dequantised": ", codes shown as their values"}
     return (" and ".join(sorted(kinds)) or "memory") + made.get(type(checkpoint).__name__, "")
 
 

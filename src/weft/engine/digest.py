@@ -24,6 +24,7 @@ class RunningDigest:
         mine = {n: p.offset for n, p in layout.places.items() if p.file == path.name}
         # segments in file order: the header, then each tensor; empty tensors share an offset with the next
         self._ends = [header] + [o + tensors[n].nbytes for n, o in sorted(mine.items(), key=lambda i: i[1])]
+        self._ends[-1] = size  # a format may pad its last tensor
         self._index = {n: i for i, n in enumerate(sorted(mine, key=lambda n: mine[n]), 1)}
         self._written = [True] + [False] * len(mine)
         self._front = 0

@@ -76,8 +76,12 @@ def make_plan(
     shard_bytes: int = 5 * 10**9,
     stem: str = "model",
     metadata: Mapping[str, str] | None = None,
+    layout: Layout | None = None,
 ) -> Plan:
-    """Lay out the output and cut the work so that it fits the memory; DataProblems lists what cannot."""
+    """Lay out the output and cut the work so that it fits the memory; DataProblems lists what cannot.
+
+    It is laid out as safetensors unless a `layout` of another format is given.
+    """
     where = parse_device(device)
     tensors = {
         n: TensorInfo(i.shape, dtype) if dtype is not None and is_mergeable(i.dtype) else i
@@ -88,7 +92,8 @@ def make_plan(
     if threads < 1:
         raise UsageError(f"cannot work on {threads} threads: give at least 1")
     # tied names go where safetensors.torch.save_model puts them, so that load_model finds them
-    layout = lay_out(tensors, shard_bytes, metadata or {"format": "pt", **checkpoint.aliases}, stem)
+    if layout is None:
+        layout = lay_out(tensors, shard_bytes, metadata or {"format": "pt", **checkpoint.aliases}, stem)
     chunk = MAX_CHUNK if where.type == "cpu" else DEVICE_CHUNK
     # tensors that are needed whole don't get smaller with the chunk, so they have no say in it
     while chunk > TILE and threads * _range_cost(checkpoint, tensors, chunk, whole=False) > memory:

@@ -16,19 +16,19 @@ import torch
 from weft.checkpoints.base import Checkpoint
 from weft.checkpoints.execution import Execution, executing, execution, map_here
 from weft.engine.budget import TIGHT, Budget, Frugal, default_memory, parse_size
+from weft.engine.card import README, model_card
 from weft.engine.digest import RunningDigest
 from weft.engine.plan import Plan, make_plan
 from weft.engine.pool import WorkPool
 from weft.engine.record import (
     manifest,
-    model_card,
     output_config,
     write_assets,
     write_config,
     write_index,
 )
 from weft.engine.staging import Staging, fingerprint, refuse_existing, refuse_inputs
-from weft.engine.writer import PlacedFiles, write_whole
+from weft.engine.writer import SINGLE_FILES, PlacedFiles, write_whole
 from weft.errors import DataError, UsageError
 
 MANIFEST = "weft-manifest.json"
@@ -68,15 +68,25 @@ class Settings:
 
     def plan(self, checkpoint: Checkpoint, out: Path) -> Plan:
         """The plan for writing `checkpoint` to `out`."""
-        single = out.suffix == ".safetensors"
+        layout = None
+        if out.suffix == ".gguf":
+            from weft.export.gguf import as_gguf  # a room below: what writes safetensors does not need it
+
+            made = as_gguf(checkpoint, self.dtype)
+            checkpoint, layout = made, made.layout(out.name)
+        elif hasattr(checkpoint, "layout"):
+            raise UsageError(f"{out} does not end in .gguf, but {checkpoint.origin} is GGUF: name it so")
+        single = out.suffix in SINGLE_FILES
         return make_plan(
             checkpoint,
             threads=_cores() if self.threads is None else self.threads,
             memory=default_memory() if self.memory is None else parse_size(self.memory),
             device=self.device,
-            dtype=self.dtype,
-            shard_bytes=(1 << 62) if single else parse_size(self.shard_size),
-            stem=out.stem if single else "model",
+            dtype=self.dtype if layout is None else None,
+            layout=layout,
+            # PEFT reads an adapter from one file only
+            shard_bytes=(1 << 62) if single or checkpoint.stem != "model" else parse_size(self.shard_size),
+            stem=out.stem if single else checkpoint.stem,
         )
 
 
@@ -114,6 +124,7 @@ def save(
         if checkpoint.identity() != inputs_were:
             raise DataError(f"the inputs of {out} changed while they were merged: run the command again")
         config, notes = output_config(plan)
+        notes += getattr(plan.checkpoint, "notes", ())
         record = manifest(plan, recipe=recipe, digests=digests, inputs=inputs, notes=notes)
         _write_companions(staging.folder, out, plan, config, record, recipe_text)
     except BaseException:
@@ -290,8 +301,9 @@ def _write_companions(
     recipe_text: str | None,
 ) -> None:
     text = (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
-    if out.suffix == ".safetensors":
-        write_whole(folder / f"{out.stem}.weft.json", text)
+    if out.suffix in SINGLE_FILES:
+        called = out.stem if out.suffix == ".safetensors" else out.name
+        write_whole(folder / f"{called}.weft.json", text)
         return
     write_config(folder, config)
     write_assets(folder, plan.checkpoint)
@@ -299,4 +311,4 @@ def _write_companions(
     write_whole(folder / MANIFEST, text)
     if recipe_text:
         write_whole(folder / "weft-recipe.yml", recipe_text.encode())
-    write_whole(folder / "README.md", model_card(plan, recipe_text).encode())
+    write_whole(folder / README, model_card(plan.checkpoint, recipe_text).encode())

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from weft._version import __version__
 from weft.engine.plan import Plan
-from weft.engine.writer import disk_error
+from weft.engine.writer import SINGLE_FILES, disk_error
 from weft.errors import UsageError
 
 JOURNAL = "journal.jsonl"
@@ -138,7 +138,7 @@ class Staging:
             self._journal.close()
             refuse_existing(self.out, self.overwrite)
             sync_folder(self.folder)
-            if self.out.suffix == ".safetensors":
+            if self.out.suffix in SINGLE_FILES:
                 for file in sorted(self.folder.iterdir(), key=lambda f: f.name == self.out.name):
                     file.replace(self.out.parent / file.name)
             else:
@@ -174,9 +174,9 @@ class Staging:
 
 def refuse_existing(out: Path, overwrite: bool) -> None:
     """UsageError if the output is there already and may not be replaced."""
-    if out.suffix == ".safetensors":
+    if out.suffix in SINGLE_FILES:
         if out.is_dir():
-            raise UsageError(f"{out} is a folder: name a file, or drop the .safetensors")
+            raise UsageError(f"{out} is a folder: name a file, or drop the {out.suffix}")
         exists = out.exists()
     else:
         if out.exists() and not out.is_dir():

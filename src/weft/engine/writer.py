@@ -100,6 +100,10 @@ def raw_bytes(values: Tensor) -> memoryview:
     return memoryview(array).cast("B")
 
 
+SINGLE_FILES = (".safetensors", ".gguf")
+"""Endings of an output that is one file, with its manifest beside it, rather than a folder."""
+
+
 class PlacedFiles:
     """The open files of a layout under a folder, created at full size (or found so by a resumed run)."""
 
