@@ -203,19 +203,18 @@ class Counted:
         few = all(sum(piece.numel() for piece in row) <= most for row in rest)
         return Counted(counts, parts[0].bracket, rest if few else None)
 
-    def lower_counts(self, prefix: Tensor) -> Tensor | None:
-        """Counts `[k, q, 2**16]` of lower halves below each prefix `[k, q]`; None where they weren't kept."""
+    def lower_digits(self, prefix: Tensor, rank: Tensor) -> Tensor | None:
+        """The lower halves at `rank` (from the largest) below each prefix `[k, q]`; None where not kept."""
         first, last = self.bracket[:, :1], self.bracket[:, 1:]
         if self.rest is None or bool(((prefix < first) | (prefix >= last)).any()):
             return None
-        digits = 1 << Select.DIGIT
-        found = torch.zeros((*prefix.shape, digits), dtype=torch.int64)
+        found = torch.zeros_like(prefix)
         for i, pieces in enumerate(self.rest):
             row = torch.cat([torch.zeros(0, dtype=torch.int64), *(p.long() for p in pieces)])
-            for q, p in enumerate(prefix[i].tolist()):
-                inside = row[(row >> Select.DIGIT) == p] & (digits - 1)
-                found[i, q] = torch.bincount(inside, minlength=digits)
-                found[i, q, 0] = self.counts[i, 0, p] - inside.numel()
+            for q, (p, r) in enumerate(zip(prefix[i].tolist(), rank[i].tolist(), strict=True)):
+                inside = row[(row >> Select.DIGIT) == p] & ((1 << Select.DIGIT) - 1)
+                if r <= inside.numel():  # behind them come those whose lower half is zero
+                    found[i, q] = inside.kthvalue(inside.numel() - r + 1).values
         return found
 
 
@@ -281,8 +280,10 @@ class Select(Stat):
     def combine(self, part: Tensor | Counted, memo: Any, params: Mapping[str, Any], numel: int) -> Any:
         if isinstance(part, Counted):
             memo = self._next_digit(part.counts, memo, params, numel)
-            lower = part.lower_counts(memo["prefix"])
-            return memo if lower is None else self._next_digit(lower, memo, params, numel)
+            lower = part.lower_digits(memo["prefix"], memo["rank"])
+            if lower is None:
+                return memo
+            return memo | {"round": 2, "prefix": (memo["prefix"] << self.DIGIT) | lower}
         return self._next_digit(part, memo, params, numel)
 
     def _next_digit(self, part: Tensor, memo: Any, params: Mapping[str, Any], numel: int) -> Any:
@@ -291,14 +292,14 @@ class Select(Stat):
             wanted = torch.tensor([list(r) for r in self.ranks(params, k, numel)], dtype=torch.int64)
             memo = {"wanted": wanted, "rank": wanted.clamp(1, max(numel, 1)), "numel": numel,
                     "prefix": torch.zeros_like(wanted), "round": 0}  # fmt: skip
-            part = part.expand(k, wanted.shape[1], -1)
-        above = part.flip(-1).cumsum(-1)  # [k, q, digits], from the largest digit down
-        where = torch.searchsorted(above, memo["rank"][..., None]).clamp(max=part.shape[-1] - 1)
+        above = part.flip(-1).cumsum(-1)  # from the largest digit down, [k, 1 or q, digits]
+        rank = memo["rank"][..., None] if above.shape[1] > 1 else memo["rank"][:, None]
+        where = torch.searchsorted(above, rank).clamp(max=part.shape[-1] - 1)
         before = torch.where(where > 0, above.gather(-1, (where - 1).clamp(min=0)), 0)
-        digit = (part.shape[-1] - 1 - where)[..., 0]
+        digit = (part.shape[-1] - 1 - where).reshape(memo["rank"].shape)
         return memo | {
             "round": memo["round"] + 1,
-            "rank": memo["rank"] - before[..., 0],
+            "rank": memo["rank"] - before.reshape(memo["rank"].shape),
             "prefix": (memo["prefix"] << self.DIGIT) | digit,
         }
 
