@@ -63,6 +63,18 @@ def network(seed: int, near: dict[str, torch.Tensor] | None = None) -> dict[str,
     return noise if near is None else {n: near[n] + 0.1 * v for n, v in noise.items()}
 
 
+def vision_language_model(folder: Path, seed: int) -> None:
+    """The language model under another prefix, and a tower beside it."""
+    from safetensors.torch import save_file
+
+    state = {n.replace("model.", "model.language_model."): t for n, t in network(seed, network(0)).items()}
+    tower = {f"model.vision_tower.layers.{i}.mlp.up_proj.weight": torch.randn(8, 8) for i in range(2)}
+    folder.mkdir(parents=True)
+    save_file(state | tower, folder / "model.safetensors")
+    layers = {"num_hidden_layers": 2}
+    (folder / "config.json").write_text(json.dumps({"text_config": layers, "vision_config": layers}))
+
+
 @pytest.fixture
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the models that the pages speak of, as the current one."""
@@ -73,7 +85,12 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         folder = tmp_path / "path" / "to" / name
         folder.mkdir(parents=True)
         save_file(network(seed, base if seed else None), folder / "model.safetensors")
+        words = {f"t{i}": i for i in range(18)} | ({"<|im_end|>": 18} if name == "instruct" else {})
+        tokenizer = {"model": {"type": "BPE", "vocab": words, "merges": []}, "added_tokens": []}
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
         (folder / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 2}))
+    for seed, name in enumerate(("vlm", "other-vlm"), 20):
+        vision_language_model(tmp_path / "path" / "to" / name, seed)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -111,6 +128,9 @@ def test_commands_and_their_options_exist(block: Block, line: str) -> None:
 
     words = line.partition("#")[0].split()
     command = typer.main.get_command(app).commands[words[1]]  # type: ignore[attr-defined]
+    while hasattr(command, "commands"):  # a verb with verbs of its own: `weft lora extract`
+        words = words[1:]
+        command = command.commands[words[1]]
     options = {o for p in command.params for o in (*p.opts, *p.secondary_opts)}
     for word in words[2:]:
         if word.startswith("-"):

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from zoo import MIXTURES, TWO_SIDED, ZOO, answer, born, housed, woken
+from safetensors.torch import save_file
+from zoo import MIXTURES, TEXT, TWO_SIDED, ZOO, answer, born, housed, transformers, woken
 
 import weft
 from weft.llm.consistency import contradictions
@@ -58,6 +59,7 @@ def test_layout(name: str, house: House) -> None:
     assert contradictions(model) == []
     assert bool(found.rivals) == (name in TWO_SIDED)
     assert bool(found.vocabulary) == (name != "vit")
+    assert not any("head.attention" in n for n in found.vocabulary)  # 3 · 32 rows by chance
     assert bool(found.experts) == (name in MIXTURES or name == "gpt_oss")
 
 
@@ -109,9 +111,15 @@ def _check_stack(name: str, a: Path, b: Path, picks: list[tuple[Path, int]], out
                 seen.add(new)
     for new in made.keys() - seen:
         assert not block.fullmatch(new)
+        if new == "lm_head.weight" and new not in files[b]:  # b's head is its embedding, and a has another
+            (old,) = (n for n in files[b] if re.search(r"embed_tokens|wte", n))
+            assert torch.equal(made[new], files[b][old]) and not config_of(out)["tie_word_embeddings"]
+            continue
         last = re.search(r"norm|lm_head|score|classifier|embed_out|cls|ln_f|head", new)
         tower = re.search(r"vision|visual|projector|embeddings|pooler", new)
-        torch.testing.assert_close(made[new], files[b if last and not tower else a][new], rtol=0, atol=0, msg=new)
+        torch.testing.assert_close(
+            made[new], files[b if last and not tower else a][new], rtol=0, atol=0, msg=new
+        )
     config = config_of(out)
     text = config.get("text_config", config)
     assert len(picks) in (text.get("num_hidden_layers"), text.get("n_layer"))
@@ -143,6 +151,84 @@ def test_encoder_and_decoder(name: str, house: House, tmp_path: Path) -> None:
     answer(name, woken(name, out))
 
 
+def test_a_tied_base_and_an_untied_model(tmp_path: Path) -> None:
+    """The result has a head of its own and says so, whichever of the two gives the config."""
+    hf = transformers()
+    paths = []
+    for seed, tied in ((0, True), (1, False)):
+        torch.manual_seed(seed)
+        config = hf.Qwen2Config(**TEXT, num_hidden_layers=2, tie_word_embeddings=tied)
+        paths.append(housed(hf.Qwen2ForCausalLM(config), tmp_path / str(tied)))
+    for i, order in enumerate((paths, paths[::-1])):
+        out = weft.save(weft.merge(order), tmp_path / f"out{i}").path
+        assert config_of(out)["tie_word_embeddings"] is False
+        model = woken("qwen2", out)
+        expected = (stored(paths[0])["model.embed_tokens.weight"] + stored(paths[1])["lm_head.weight"]) / 2
+        torch.testing.assert_close(model.lm_head.weight.detach(), expected)  # type: ignore[union-attr]
+
+
+def test_explaining_a_tensor_of_a_slice(house: House) -> None:
+    """From the layer of the output down to the layers of the files."""
+    from weft.cli.merging import explanation, how
+
+    source = {"model": str(house("llama", 0)), "layer_range": [1, 3]}
+    other = {"model": str(house("llama", 1)), "layer_range": [0, 2]}
+    node = weft.build({"method": "linear", "slices": [{"sources": [source]}, {"sources": [source, other]}]})
+    told = explanation(node, "model.layers.3.mlp.up_proj.weight")
+    (merged,) = told["inputs"]
+    assert merged["method"] == "linear" and merged["tensor"] == "model.layers.1.mlp.up_proj.weight"
+    files = [view["inputs"][0]["tensor"] for view in merged["inputs"]]
+    assert files == ["model.layers.2.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"]
+    assert "weighted_sum" in how(node, "model.layers.3.mlp.up_proj.weight")
+
+
+def test_a_sentence_transformers_folder(house: House, tmp_path: Path) -> None:
+    """Its modules' settings, and the weights of those behind the transformer, come along."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for i, folder in enumerate(folders):
+        housed(born("bert", i), folder)
+        for name, text in (("modules.json", "[]"), ("1_Pooling/config.json", "{}"), ("2_Dense/config.json", "{}"),
+                           ("sentence_bert_config.json", '{"max_seq_length": 64}')):  # fmt: skip
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text)
+        save_file({"linear.weight": torch.full((2, 2), float(i))}, folder / "2_Dense" / "model.safetensors")
+    out = weft.save(weft.merge([str(f) for f in folders]), tmp_path / "out").path
+    for name in ("modules.json", "1_Pooling/config.json", "2_Dense/config.json", "sentence_bert_config.json"):
+        assert (out / name).read_text() == (folders[0] / name).read_text()
+    assert (out / "2_Dense" / "model.safetensors").read_bytes() == (
+        folders[0] / "2_Dense/model.safetensors"
+    ).read_bytes()
+    answer("bert", woken("bert", out))
+
+
+def test_inspect_shows_the_layout(house: House, capsys: pytest.CaptureFixture[str]) -> None:
+    from weft.cli.inspecting import describe, inspect_model
+
+    inspect_model(str(house("gemma3", 0)), values=False, as_json=False)
+    shown = capsys.readouterr().out
+    assert "language_model.model.layers: 3 (text_config.num_hidden_layers, text_config.layer_types)" in shown
+    assert "vision_tower.encoder.layers: 2 (vision_config.num_hidden_layers)" in shown
+    assert "language_model, multi_modal_projector, vision_tower" in shown
+    told = describe(weft.load(house("mixtral", 0)))["layout"]
+    assert told["experts"] == {"each": 3, "blocks": 3, "fused": False} and told["contradictions"] == []
+
+
+def test_what_an_encoder_and_a_decoder_share(house: House) -> None:
+    """MergeKit's three modules of T5: the embedding and the head belong to neither side."""
+    a, b = house("t5", 0), house("t5", 1)
+    made = weft.build({"merge_method": "passthrough", "modules": {
+        "encoder": {"models": [str(a)]}, "decoder": {"models": [str(a)]}, "shared": {"models": [str(b)]},
+    }})  # fmt: skip
+    mine, theirs = stored(a), stored(b)
+    assert set(made) == set(mine)
+    changed = {
+        n
+        for n in made
+        if torch.equal(made.tensor(n).float(), theirs[n]) and not torch.equal(mine[n], theirs[n])
+    }
+    assert changed == {"shared.weight"}
+
+
 @pytest.mark.parametrize("name", MIXTURES)
 def test_both_layouts_of_experts(name: str, house: House, tmp_path: Path) -> None:
     """Fused tensors (transformers 5 in memory) merge to the same model as one tensor an expert (4, and files)."""
@@ -152,4 +238,6 @@ def test_both_layouts_of_experts(name: str, house: House, tmp_path: Path) -> Non
     assert not any(".experts.gate_up_proj" in n for n in stored(split))
     found = layout(weft.load(fused)).experts
     assert {e.count for e in found.values()} == {e.count for e in layout(weft.load(split)).experts.values()}
-    torch.testing.assert_close(answer(name, woken(name, fused)), answer(name, woken(name, split)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        answer(name, woken(name, fused)), answer(name, woken(name, split)), rtol=0, atol=1e-6
+    )

@@ -162,7 +162,7 @@ def test_whole_slices() -> None:
     sources = "[{model: a, layer_range: [0, %d]}, {model: c, layer_range: [0, %d]}]"
     text = f"merge_method: linear\nslices:\n- sources: {sources}"
     assert values(make(text % (2, 2))) == [2.0] * 4
-    with pytest.raises(UsageError, match=r"slices\[0\]: layer_range \[0, 3\] of a ends behind its last layer: it has 2"):
+    with pytest.raises(UsageError, match=r"layer_range \[0, 3\] of a ends behind its last layer: it has 2"):
         make(text % (3, 3))
 
 

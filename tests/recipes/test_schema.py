@@ -278,7 +278,9 @@ def test_tokenizer() -> None:
     assert recipe.tokenizer_from is None and recipe.tokenizer is not None and recipe.tokenizer.source == "b"
     assert recipe.chat_template == "auto" and recipe.describe()["tokenizer"] == {"source": "base"}
     assert one("method: linear\nmodels: [a]\ntokenizer: {pad_to_multiple_of: 8}").tokenizer_from == "union"
-    rows = "{x: {source: c}, y: {source: {kind: zero}}, z: {source: {kind: model_token, model: d, token_id: 3}}}"
+    rows = (
+        "{x: {source: c}, y: {source: {kind: zero}}, z: {source: {kind: model_token, model: d, token_id: 3}}}"
+    )
     recipe = one(f"method: linear\nmodels: [a, b]\ntokenizer: {{source: a, tokens: {rows}}}")
     assert recipe.references == ("a", "b", "c", "d")
 

@@ -30,7 +30,8 @@ _CARRIED = re.compile(
 )
 _NOT_CARRIED = re.compile(r".*\.(py|pyc|so|safetensors|bin|pt|pth|ckpt|gguf|onnx|h5|msgpack|npz)")
 _CARRIED_SUBFOLDER = re.compile(r"\d+_\w+|additional_chat_templates")
-_CARRIED_BELOW = re.compile(r"config\.json|.*\.jinja")
+# sentence-transformers keeps a dense layer's few weights in a folder of its own
+_CARRIED_BELOW = re.compile(r"config\.json|.*\.jinja|model\.safetensors")
 
 
 class Model(Checkpoint):

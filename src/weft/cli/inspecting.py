@@ -12,7 +12,9 @@ from weft.checkpoints.dtypes import dtype_name
 from weft.checkpoints.load import load
 from weft.cli.output import console, figure, one_line, percent, print_json, shape_text, table
 from weft.engine.budget import show_size
-from weft.methods.layers import count_layers
+from weft.llm.consistency import contradictions
+from weft.llm.layout import Layout, layout
+from weft.llm.parts import parts
 
 if TYPE_CHECKING:
     from weft.analysis.values import Values
@@ -48,7 +50,7 @@ def inspect_model(model: str, values: bool, as_json: bool) -> None:
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """A checkpoint as plain data."""
-    infos = checkpoint.tensors
+    infos, found = checkpoint.tensors, layout(checkpoint)
     parameters: Counter[str] = Counter()
     for info in infos.values():
         parameters[dtype_name(info.dtype)] += info.numel
@@ -60,7 +62,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "parameters": sum(i.numel for i in infos.values()),
         "bytes": checkpoint.nbytes,
         "dtypes": dict(parameters),
-        "layers": {stack.removesuffix("."): n for stack, n in count_layers(infos).items()},
+        "layers": {s.prefix.removesuffix("."): s.count for s in found.stacks.values()},
+        "layout": describe_layout(checkpoint, found),
         "tied": dict(checkpoint.aliases),
         "config": None if checkpoint.config is None else dict(checkpoint.config),
         "assets": [a.name for a in checkpoint.assets],
@@ -70,6 +73,22 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
             for n, i in infos.items()
         ],
     }
+
+
+def describe_layout(checkpoint: Checkpoint, found: Layout) -> dict[str, Any]:
+    """What weft takes a checkpoint's structure to be, and where the config contradicts it."""
+    return {
+        "stacks": [
+            {"prefix": s.prefix, "count": s.count, "counted_by": [".".join(p) for p in s.counted_by],
+             "listed_by": [".".join(p) for p in s.listed_by], "holes": list(s.holes)}
+            for s in found.stacks.values()
+        ],
+        "parts": [p.name for p in parts(checkpoint, found).values()],
+        "vocabulary": dict(found.vocabulary),
+        "experts": {"each": max((e.count for e in found.experts.values()), default=0),
+                    "blocks": len(found.experts), "fused": any(e.fused for e in found.experts.values())},
+        "contradictions": contradictions(checkpoint, found),
+    }  # fmt: skip
 
 
 def _format(checkpoint: Checkpoint) -> str:
@@ -96,7 +115,21 @@ def _show_facts(told: Mapping[str, Any]) -> None:
     dtypes = told["dtypes"]
     each = "" if len(dtypes) == 1 else ": " + ", ".join(f"{n:,} {d}" for d, n in dtypes.items())
     line("parameters", f"{told['parameters']:,}{each or ' ' + next(iter(dtypes), '')}")
-    line("blocks", ", ".join(f"{one_line(s) or '(top)'}: {n}" for s, n in told["layers"].items()))
+    found = told["layout"]
+    for i, stack in enumerate(found["stacks"]):
+        fields = [*stack["counted_by"], *stack["listed_by"]]
+        said = f" ({', '.join(fields)})" if fields else ""
+        line(
+            "" if i else "blocks",
+            one_line(f"{stack['prefix'].removesuffix('.') or '(top)'}: {stack['count']}{said}"),
+        )
+    line("parts", some(found["parts"]) if len(found["parts"]) > 1 else "")
+    line("vocabulary", some([f"{n}: {rows:,}" for n, rows in found["vocabulary"].items()]))
+    if found["experts"]["blocks"]:
+        kept = "one tensor for all" if found["experts"]["fused"] else "a tensor each"
+        line("experts", f"{found['experts']['each']} in each of {found['experts']['blocks']} blocks, {kept}")
+    for text in found["contradictions"]:
+        line("but", one_line(text))
     config = told["config"] or {}
     text = config.get("text_config")
     every = {**(text if isinstance(text, Mapping) else {}), **config}

@@ -209,9 +209,19 @@ def how(checkpoint: Checkpoint, name: str) -> str:
     """In one line, how a node makes a tensor."""
     pipeline = getattr(checkpoint, "pipeline", None)
     if pipeline is None:
-        return how(checkpoint.inputs[0], name) if len(checkpoint.inputs) == 1 else checkpoint.origin
+        inner = sources_of(checkpoint, name)
+        return how(*inner[0]) if len(inner) == 1 else checkpoint.origin
     reason = getattr(checkpoint, "carried", {}).get(name)
     return f"carried: {reason}" if reason else str(pipeline(name))
+
+
+def sources_of(checkpoint: Checkpoint, name: str) -> list[tuple[Checkpoint, str]]:
+    """What a tensor is made of: inputs, each with the name that it has there."""
+    spans = getattr(checkpoint, "spans", None)
+    if spans is not None:
+        return list(dict.fromkeys((span.source, span.name) for span in spans(name)))
+    stored = [(s, s.aliases.get(name, name)) for s in checkpoint.inputs]
+    return [(s, n) for s, n in stored if n in s]
 
 
 def explanation(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
@@ -231,8 +241,7 @@ def explanation(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
             told["method"] = method.name
             base = getattr(checkpoint, "base", None)
             told["space"] = "task vectors (model − base)" if base is not None else "weights"
-        stored = [(s, s.aliases.get(name, name)) for s in checkpoint.inputs]
-        told["inputs"] = [explanation(s, n) for s, n in stored if n in s]
+        told["inputs"] = [explanation(s, n) for s, n in sources_of(checkpoint, name)]
     else:
         told["stored_bytes"] = info.nbytes
     return told
@@ -247,7 +256,8 @@ def _show_explanation(checkpoint: Checkpoint, name: str, as_json: bool) -> None:
     from rich.tree import Tree
 
     def label(node: dict[str, Any]) -> str:
-        text = f"{one_line(node['origin'])}: {shape_text(node['shape'])} {node['dtype']}"
+        named = "" if node["tensor"] == stored else f" {one_line(node['tensor'])}"
+        text = f"{one_line(node['origin'])}:{named} {shape_text(node['shape'])} {node['dtype']}"
         if "space" in node:
             steps = one_line(node["steps"]).replace(" | ", "\n  | ")
             return f"{text}\nof {node['space']}:\n    {steps}"

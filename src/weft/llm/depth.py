@@ -170,8 +170,8 @@ def _fit(rule: Rule, section: dict[str, Any], wanted: list[Any]) -> bool:
     if rule.field == "interleave_moe_layer_step":
         section["moe_layers"] = [i for i, sparse in enumerate(wanted) if sparse]
         return True
-    if (offset := rule.field.replace("period", "offset")) in section:
-        return _fit_offset(rule, section, offset, wanted)
+    if rule.field.endswith("_period"):
+        return _fit_offset(rule, section, rule.field.replace("period", "offset"), wanted)
     if rule.explicit:
         section[rule.aspect] = wanted
     return rule.explicit

@@ -13,10 +13,10 @@ from typing import Any
 
 from weft.checkpoints.assembled import Assembled, Span
 from weft.checkpoints.base import Checkpoint
-from weft.checkpoints.lazy import Renamed
 from weft.errors import DataProblems
 from weft.llm.layout import is_tower, layout
 from weft.llm.parts import Part
+from weft.llm.slices import untied
 from weft.methods.layers import block_of
 
 
@@ -101,12 +101,7 @@ class Frame:
     def view(self, model: Checkpoint) -> Checkpoint:
         """The trunk of a model under the frame's names."""
         names = self.maps.get(id(model)) or {n: n for n in every_name(model)}
-
-        def rename(name: str) -> str | None:
-            new = names[name]
-            return new if new in self.trunk else None
-
-        return Renamed(model, rename)
+        return _view(model, {old: new for old, new in names.items() if new in self.trunk})
 
     def completed(self, trunk: Checkpoint, config: Mapping[str, Any] | None = None) -> Checkpoint:
         """The frame with its trunk replaced. `config` is the frame's where nothing in it changes."""
@@ -138,8 +133,11 @@ def completed(
             carried[name] = f"kept from {frame.origin}"
         else:
             aliases[name] = frame.aliases[name]
+    config = frame.config if config is None else config
+    if config is not None and any(name in pieces for name in frame.aliases):
+        config = untied(config)
     return Assembled(
-        pieces, config=frame.config if config is None else config, assets=frame.assets,
+        pieces, config=config, assets=frame.assets,
         aliases={a: t for a, t in aliases.items() if t in pieces}, origin=origin, carried=carried,
     )  # fmt: skip
 
@@ -152,35 +150,41 @@ def part_views(part: Part, frame: Checkpoint, models: Sequence[Checkpoint]) -> d
         if not wanted.intersection(names.values()):
             problems.append(f"{model.origin} has nothing of the part {part.name} of {frame.origin}")
         else:
-            views[id(model)] = _view(model, names, wanted, part)
+            own = {
+                o: n for o, n in names.items() if n in wanted or (part.prefix and n.startswith(part.prefix))
+            }
+            # what the frame ties to another part stays tied
+            own = {o: n for o, n in own.items() if n not in frame.aliases or model.aliases.get(o, o) in own}
+            views[id(model)] = _view(model, own)
     if problems:
         raise DataProblems(f"{part.name} cannot be merged", problems)
     return views
 
 
-def _view(model: Checkpoint, names: Mapping[str, str], wanted: set[str], part: Part) -> Checkpoint:
-    def rename(name: str) -> str | None:
-        new = names[name]
-        own = new in wanted or (part.prefix and new.startswith(part.prefix))
-        return new if own else None
-
-    return Renamed(model, rename)
+def _view(model: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
+    """Only some tensors, under other names. One tied to what is left out is a tensor of its own."""
+    pieces, aliases = {}, {}
+    for old, new in names.items():
+        target = model.aliases.get(old, old)
+        if target != old and target in names:
+            aliases[new] = names[target]
+        else:
+            pieces[new] = Span(model, target)
+    return Assembled(pieces, config=model.config, assets=model.assets, aliases=aliases, origin=model.origin)
 
 
 def frame_of(models: Sequence[Checkpoint]) -> Checkpoint | None:
-    """The model that the others are trunks of, under other names; None where no name has to change."""
+    """The model that the others are trunks of: under other names, or but for its towers. None where none is."""
     stacks = [{b[0] for n in every_name(m) if (b := block_of(n))} for m in models]
     if not all(stacks) or len({frozenset(s) for s in stacks}) == 1:
         return None
-    order = sorted(models, key=lambda m: -len(every_name(m)))
-    for frame in order:
+    for frame in sorted(models, key=lambda m: -len(every_name(m))):
+        maps = [name_map(model, frame) for model in models]
         own = every_name(frame)
-        moved = False
-        for model in models:
-            found = name_map(model, frame)
-            if found is None or sum(n in own for n in found.values()) < 0.9 * len(found):
-                break
-            moved = moved or any(block_of(n) and n != new for n, new in found.items())
-        else:
-            return frame if moved else None
+        if any(m is None or sum(n in own for n in m.values()) < 0.9 * len(m) for m in maps):
+            continue
+        found = [m for m in maps if m is not None]
+        moved = any(block_of(n) and n != new for m in found for n, new in m.items())
+        lacking = own.keys() - set.intersection(*(set(m.values()) for m in found))
+        return frame if moved or all(is_tower(n) for n in lacking) else None
     return None

@@ -213,7 +213,8 @@ def _vocabulary(model: Checkpoint, config: Mapping[str, Any]) -> dict[str, int]:
     sizes = {v for path, v in fields(config) if path[-1] == "vocab_size" and type(v) is int}
     found = {}
     for name, info in model.tensors.items():
-        if block_of(name) is not None or not info.shape or not may_be_vocabulary(name):
+        outside = block_of(name) is None and not is_tower(name)
+        if not outside or not info.shape or not may_be_vocabulary(name):
             continue
         if info.shape[0] in sizes:
             found[name] = info.shape[0]

@@ -7,7 +7,7 @@ to the language model, or to the first (embeddings) and last (heads) of several.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from weft.checkpoints.base import Checkpoint
@@ -30,7 +30,8 @@ _SENSES = {
     "audio": re.compile(r"audio|speech"),
     "projector": re.compile(r"projector|connector|merger|qformer"),
 }
-REST = "rest"
+_SHARED = ("shared", "rest")
+"""What asks for the tensors that stand in no part, as a part of their own (MergeKit has it for T5)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +49,11 @@ class Part:
         return is_tower(self.prefix)
 
 
-def parts(model: Checkpoint, found: Layout | None = None) -> dict[str, Part]:
+def parts(model: Checkpoint, found: Layout | None = None, shared: str = "") -> dict[str, Part]:
     """Name → part, in the order of the model's tensors; one part `model` where nothing tells parts apart.
 
-    Tied names count as names of the part that they stand in.
+    Tied names count as names of the part that they stand in. Under the name `shared`, if given, what stands in
+    none is a part of its own.
     """
     found = found or layout(model)
     names = [*model.tensors, *model.aliases]
@@ -64,10 +66,10 @@ def parts(model: Checkpoint, found: Layout | None = None) -> dict[str, Part]:
         prefix = next((p for p in prefixes if name.startswith(p)), None)
         (loose if prefix is None else owned[prefix]).append(name)
     language = [p for p in prefixes if not is_tower(p)] or prefixes
-    for name in loose:
+    for name in [] if shared else loose:
         owned[language[-1 if after_blocks(name) else 0]].append(name)
     made = [Part(_called(p, prefixes), p, tuple(owned[p]), _stack(p, found)) for p in prefixes]
-    return {part.name: part for part in made}
+    return {part.name: part for part in (*made, *([Part(shared, "", tuple(loose), None)] if shared else []))}
 
 
 def _prefixes(names: Sequence[str], found: Layout) -> list[str]:
@@ -115,7 +117,7 @@ def find_part(asked: str, known: Mapping[str, Part]) -> Part | None:
         if bare in (part.name, part.prefix.rstrip(".")):
             return part
     if bare in _LANGUAGE:
-        language = [p for p in known.values() if not p.tower]
+        language = [p for p in known.values() if not p.tower and p.stack is not None]
         return language[0] if len(language) == 1 else None
     for sense, rule in _SENSES.items():
         if rule.search(bare):
@@ -126,9 +128,9 @@ def find_part(asked: str, known: Mapping[str, Part]) -> Part | None:
     return None
 
 
-def chosen_parts(asked: Iterable[str], model: Checkpoint) -> dict[str, Part]:
+def chosen_parts(asked: Collection[str], model: Checkpoint) -> dict[str, Part]:
     """Every name asked for → its part; UsageError with the parts there are for those that mean none."""
-    known = parts(model)
+    known = parts(model, shared=next((name for name in asked if name in _SHARED), ""))
     found: dict[str, Part] = {}
     for name in asked:
         part = find_part(name, known)

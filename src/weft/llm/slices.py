@@ -129,37 +129,42 @@ def stacked(
     before: bool = True,
     after: bool = True,
     frame: Checkpoint | None = None,
-    tied: bool | None = None,
+    around: Source | None = None,
+    ties: Mapping[str, str] | None = None,
     origin: str = "",
 ) -> Checkpoint:
     """A checkpoint whose blocks are `picked`, in their order; unread.
 
-    `before` and `after` say whether the tensors before and after the blocks are there. Config and files are those
-    of `frame`, or of the first layer's model. A head that is tied to the embedding stays so where both come
-    from one model (always with `tied=True`); otherwise it becomes a tensor. Raises DataProblems where the
-    config cannot say what the layers are.
+    `before` and `after` say whether the tensors before and after the blocks are there; they come from `around`,
+    or from the first and last layer's models. Config and files are those of `frame`, or of the first layer's
+    model. A head that is tied to the embedding stays so where both come from one model, or where `ties` (tied
+    name → tensor) says so; otherwise it becomes a tensor. Raises DataProblems where the config cannot say what the
+    layers are.
     """
     if not picked.picks:
         raise UsageError("there are no layers to stack")
-    (first, _), (last, _) = picked.picks[0], picked.picks[-1]
-    names = _Names(first.stack.prefix)
+    first, last = around or picked.picks[0][0], around or picked.picks[-1][0]
+    names = _Names(first.stack.prefix, ties or {})
     if before:
         names.outside(first, first.before)
     for i, (origin_of, index) in enumerate(picked.picks):
         names.block(i, origin_of, index)
     if after:
         names.outside(last, last.after)
-    pieces, aliases = names.settled(first.model is last.model if tied is None else tied)
+    pieces, aliases = names.settled()
     shown = origin or _told(picked)
-    config, assets = _config(picked, frame or first.model, shown)
+    framing = frame or first.model
+    config, assets = _config(picked, framing, shown)
+    if config is not None and (names.ties.keys() | framing.aliases.keys()) & pieces.keys():
+        config = untied(config)
     return Assembled(pieces, config=config, assets=assets, aliases=aliases, origin=shown)
 
 
 class _Names:
     """Output names as they are gathered: spans of stored tensors, and tied names with what they are tied to."""
 
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
+    def __init__(self, prefix: str, given: Mapping[str, str]) -> None:
+        self.prefix, self.given = prefix, given
         self.spans: dict[str, Span] = {}
         self.ties: dict[str, tuple[Checkpoint, str]] = {}
         self.placed: dict[tuple[int, str], str] = {}
@@ -167,7 +172,8 @@ class _Names:
 
     def outside(self, source: Source, names: Sequence[str]) -> None:
         for name in names:
-            self._put(name, source.model, name)
+            if name not in self.given:
+                self._put(name, source.model, name)
 
     def block(self, i: int, source: Source, index: int) -> None:
         for rest in source.block_names[index]:
@@ -180,13 +186,12 @@ class _Names:
         else:
             self.ties[new] = (model, model.aliases[old])
 
-    def settled(self, keep: bool) -> tuple[dict[str, Span], dict[str, str]]:
-        """Every name a span or tied: with `keep` also to the tensor of that name of another model."""
-        pieces, aliases = dict(self.spans), {}
+    def settled(self) -> tuple[dict[str, Span], dict[str, str]]:
+        """Every name a span, or tied to one. What is tied to a tensor that is not there is one of its own."""
+        pieces = dict(self.spans)
+        aliases = {name: target for name, target in self.given.items() if target in pieces}
         for name, (model, target) in self.ties.items():
             placed = self.placed.get((id(model), target))
-            if placed is None and keep and target in self.spans:
-                placed = target
             if placed is None:
                 pieces[name] = Span(model, target)
             else:
@@ -205,6 +210,12 @@ def _config(
     return relayered(frame.config, stack, told, origin), frame.assets
 
 
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a model with a head of its own. Some classes tie theirs unless told otherwise."""
+    inner = {k: untied(v) for k, v in config.items() if isinstance(v, Mapping) and "tie_word_embeddings" in v}
+    return {**config, **inner, "tie_word_embeddings": False}
+
+
 def _stack_of(frame: Checkpoint, like: Stack) -> Stack:
     found = layout(frame)
     return found.stacks.get(like.prefix) or found.main() or like
@@ -213,10 +224,11 @@ def _stack_of(frame: Checkpoint, like: Stack) -> Stack:
 def _told(picked: Layers) -> str:
     """`a[0:4] + b[2:6]`: runs of layers of one model."""
     runs: list[tuple[str, int, int]] = []
+    counts = {source.model.origin: source.stack.count for source, _ in picked.picks}
     for source, i in picked.picks:
         if runs and runs[-1][0] == source.model.origin and runs[-1][2] == i:
             runs[-1] = (runs[-1][0], runs[-1][1], i + 1)
         else:
             runs.append((source.model.origin, i, i + 1))
-    shown = " + ".join(f"{o}[{a}:{b}]" for o, a, b in runs[:8])
+    shown = " + ".join(o if (a, b) == (0, counts[o]) else f"{o}[{a}:{b}]" for o, a, b in runs[:8])
     return shown + (f" + {len(runs) - 8} more" if len(runs) > 8 else "")

@@ -72,6 +72,6 @@ def wise_ft(*, alpha: Fraction = 0.5) -> Pipeline:
 
 
 @method(space="weights", models=(1, 1), paper="")
-def passthrough(*, scale: float = 1.0) -> Pipeline:
+def passthrough(*, scale: Weight = 1.0) -> Pipeline:
     """Take one model's tensors as they are, times `scale`."""
-    return weighted_sum() | scaled(scale=scale)
+    return weighted_sum(weight=scale)

@@ -45,6 +45,8 @@ class Report:
             for key, value in told.items():
                 if isinstance(value, dict):
                     parts += [f"  {key}:", *(f"    {k}: {v}" for k, v in value.items())]
+                elif key == "slices":
+                    parts += [f"  slices[{i}]: {_brief(one)}" for i, one in enumerate(value)]
                 elif key != "name":
                     parts.append(f"  {key}: {', '.join(value) if isinstance(value, list) else value}")
         return "\n".join(parts)
@@ -89,6 +91,12 @@ def check(
             status = error.exit_status
     summary = tuple(r.describe() for r in reading.recipes)
     return Report(origin, tuple(problems), tuple(notes), tuple(differences), summary, status)
+
+
+def _brief(one: dict[str, Any]) -> str:
+    """A slice in one line: `a [0, 4], b [2, 6]; weight: 0.5`."""
+    told = [f"{k}: {v}" for k, v in (one.get("parameters") or {}).items()]
+    return "; ".join([", ".join(one["models"]), *told])
 
 
 def _lines(error: WeftError) -> tuple[str, ...]:

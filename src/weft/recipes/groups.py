@@ -94,7 +94,7 @@ def _entries(inputs: Sequence[str | schema.Input], path: Path, read: Reader) -> 
 
 
 def _check_ranges(one: schema.Slice, path: Path, found: Findings) -> None:
-    lengths = []
+    lengths: list[int | None] = []
     for j, source in enumerate(one.sources):
         if source.layer_range is None:
             lengths.append(None)

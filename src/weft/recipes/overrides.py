@@ -109,6 +109,8 @@ def _known(done: Path, here: Any) -> tuple[str, ...]:
     """The keys a mapping at this place may have."""
     if not done:
         return schema.TOP
+    if done[-2:-1] == ("modules",):
+        return schema.keys_at(done[-2:-1])
     if isinstance(done[-1], int) or done[-1] in ("tokenizer",):
         keys = schema.keys_at((*done, "<tokenizer>") if done[-1] == "tokenizer" else done)
         return () if "steps" in done else keys

@@ -34,8 +34,10 @@ def merged(recipe: Recipe, seed: int, fetch: Fetch) -> Checkpoint:
     check_configs(sources)
     config = None if recipe.config_from is None else fetch(recipe.config_from)
     frame = None if recipe.frame is None else fetch(recipe.frame)
-    if frame is None and _names_differ(sources):
-        frame = frame_of(sources)
+    if _names_differ(sources):
+        fetch = _one_layout(sources, fetch)
+        sources = [fetch(s) for s in recipe.sources]
+        frame = frame or frame_of(sources)
     if recipe.modules:
         return of_modules(recipe, seed, fetch, frame or config or sources[0])
     if frame is None:
@@ -52,6 +54,14 @@ def merged(recipe: Recipe, seed: int, fetch: Fetch) -> Checkpoint:
         trunk = of_slices(recipe, seed, seen, frame)
         return around.completed(trunk, trunk.config)
     return around.completed(_of_models(recipe, seed, seen, fetch))
+
+
+def _one_layout(models: Sequence[Checkpoint], fetch: Fetch) -> Fetch:
+    """Mixtures whose experts are stored in two ways, all as the first stores them."""
+    from weft.llm.experts import experts_like
+
+    shown = {id(m): experts_like(m, models[0]) for m in models}
+    return lambda source: shown.get(id(made := fetch(source)), made)
 
 
 def _of_models(recipe: Recipe, seed: int, fetch: Fetch, measured: Fetch | None = None) -> Checkpoint:
@@ -84,7 +94,7 @@ def check_configs(models: Sequence[Checkpoint]) -> None:
     """DataProblems where a config contradicts the tensors beside it, for all models at once."""
     from weft.llm.consistency import contradictions
 
-    every = {id(m): m for m in models if not m.inputs}
+    every = {id(m): m for m in models}
     problems = [text for m in every.values() for text in contradictions(m)]
     if problems:
         raise DataProblems(
@@ -140,16 +150,15 @@ def of_slices(recipe: Recipe, seed: int, fetch: Fetch, frame: Checkpoint) -> Che
     if whole is not None:
         return whole if frame.config is whole.config else in_company(whole, frame)
     last = len(recipe.slices) - 1
+    ties = _ties(recipe, fetch)
     found: list[Layers] = []
     problems: list[str] = []
     offset = 0
     for i, (one, (models, base)) in enumerate(zip(recipe.slices, picked, strict=True)):
         try:
             problems += [f"slices[{i}]: {text}" for text in _conflicts(models, base)]
-            views = [
-                stacked(m, before=i == 0, after=i == last)
-                for m in (models if base is None else [*models, base])
-            ]
+            inputs = models if base is None else [*models, base]
+            views = [stacked(m, before=i == 0, after=i == last, ties=ties) for m in inputs]
             prefix = models[0].picks[0][0].stack.prefix
             params = Placed(one.recipe.params, prefix, offset)
             made = merge_of(
@@ -169,10 +178,23 @@ def of_slices(recipe: Recipe, seed: int, fetch: Fetch, frame: Checkpoint) -> Che
     every = found[0]
     for more in found[1:]:
         every = every + more
-    alike = {id(fetch(s)) for s in recipe.slices[0].recipe.sources} == {
-        id(fetch(s)) for s in recipe.slices[-1].recipe.sources
-    }
-    return stacked(every, frame=frame, tied=alike or recipe.compat == "mergekit", origin=recipe.name or "")
+    return stacked(every, frame=frame, ties=ties, origin=recipe.name or "")
+
+
+def _ties(recipe: Recipe, fetch: Fetch) -> dict[str, str]:
+    """The ties of embedding and head that the result keeps: those that all models of both outer slices have.
+
+    They must be the same models, or a head that is the last model's embedding would become the first one's;
+    MergeKit lets it.
+    """
+    first, last = ([fetch(s) for s in one.recipe.sources] for one in (recipe.slices[0], recipe.slices[-1]))
+    if {id(m) for m in first} != {id(m) for m in last} and recipe.compat != "mergekit":
+        return {}
+    ties = [m.aliases for m in (*first, *last)]
+    return {
+        name: target for name, target in ties[0].items()
+        if block_of(name) is None and all(t.get(name) == target for t in ties)
+    }  # fmt: skip
 
 
 def _picked(slices: Sequence[Slice], fetch: Fetch) -> list[tuple[list[Layers], Layers | None]]:
@@ -188,7 +210,7 @@ def _picked(slices: Sequence[Slice], fetch: Fetch) -> list[tuple[list[Layers], L
             if id(model) not in every:
                 every[id(model)] = layers(model)
         except WeftError as error:
-            problems.append(str(error))
+            problems.extend(getattr(error, "problems", [str(error)]))
             return None
         known = every[id(model)]
         if span is not None and span[1] > len(known):

@@ -177,12 +177,15 @@ class Recipe(Strict):
         None, min_length=1, description="A method made of steps: names, or {name: {parameter: value}}."
     )
     models: list[ListedModel] | None = Field(None, min_length=1, description="The models to merge.")
-    slices: list[Slice] | None = Field(None, min_length=1, description="Layers that are merged slice by slice.")
+    slices: list[Slice] | None = Field(
+        None, min_length=1, description="Layers that are merged slice by slice."
+    )
     modules: dict[str, Module] | None = Field(
         None, description="What becomes of each part of a model of several (encoder, vision_tower)."
     )
     frame: Model | None = Field(
-        None, description="The model whose other parts are kept: a vision-language model around a language model."
+        None,
+        description="The model whose other parts are kept: a vision-language model around a language model.",
     )
     base_model: Model | None = Field(None, description="The model the others were fine-tuned from.")
     base: Model | None = Field(None, description="The same as base_model.")
@@ -212,8 +215,8 @@ Input.model_rebuild()
 TOP = tuple(Recipe.model_fields)
 _BELOW: dict[str, type[Strict]] = {
     "models": Input, "slices": Slice, "sources": SliceSource, "modules": Module,
-    "<recipe>": Recipe, "<path>": PathRef, "<ref>": ModelRef, "<input>": Input, "<tokenizer>": Tokenizer, "tokens": TokenRule,
-    "<row>": TokenEmbedding,
+    "<recipe>": Recipe, "<path>": PathRef, "<ref>": ModelRef, "<input>": Input,
+    "<tokenizer>": Tokenizer, "tokens": TokenRule, "<row>": TokenEmbedding,
 }  # fmt: skip
 _EXPECTED = {
     "string_type": "text", "int_type": "a whole number", "list_type": "a list", "dict_type": "a mapping",
