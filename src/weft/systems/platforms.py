@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from weft.systems import System
 
+TESTS = "tests/systems/test_theory.py::"
+
 SYSTEMS = (
     System("M01", "Output ensemble", "2.1", "inference", "Hansen & Salamon, Neural network ensembles, 1990",
-           "Averages the outputs of several models; what one merged model is compared with."),
+           "Averages the outputs of several models; what one merged model is compared with.",
+           entry="weft.analysis.ensemble:Ensemble",
+           test=TESTS + "test_an_ensemble_is_an_upper_reference_that_averages_of_strangers_do_not_reach"),
     System("M02", "MergeKit (its recipes run unchanged)", "2.1", "platform",
            "Goddard et al., arXiv:2403.13257",
            "Merges language models by recipe. Recipes of whole models run; slices do not yet."),
