@@ -1,0 +1,143 @@
+"""The trainers of others: hooks, penalties and linearised models in transformers' Trainer and in Lightning."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from charted_nets import Data, perceptron
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import weft
+from weft.train import Charted, Linearised, load_linearised
+from weft.train.callbacks import WithLoss, lightning_callback, trainer_callback
+from weft.train.hooks import State
+from weft.train.objectives import l2_sp, supervised
+
+
+def run_trainer(model: nn.Module, data: Data, folder: Path, callback: Any, **settings: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    x, y = data
+    rows = [{"input": a, "labels": b} for a, b in zip(x, y, strict=True)]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=48, learning_rate=1e-2, report_to=[],
+        disable_tqdm=True, use_cpu=True, max_grad_norm=0.0, remove_unused_columns=False, logging_steps=1, seed=0,
+        **{"max_steps": 6, "save_strategy": "no", **settings},
+    )  # fmt: skip
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[callback])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.train()
+    return trainer
+
+
+def test_a_linearised_model_in_transformers_trainer(blobs: Data, tmp_path: Path) -> None:
+    net = perceptron()
+    seen: list[State] = []
+    model = WithLoss(Linearised(net))
+    trainer = run_trainer(model, blobs, tmp_path, trainer_callback(
+        on_step=seen.append, on_checkpoint=lambda s: seen.append(s)
+    ), save_strategy="steps", save_steps=3)  # fmt: skip
+    assert [s.step for s in seen] == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert set(seen[0].parameters) == set(net.state_dict())
+    assert not torch.equal(seen[-1].parameters["0.weight"], seen[-1].start["0.weight"])
+    x = blobs[0][:5]
+    with torch.no_grad():
+        expected = trainer.model(input=x)["logits"]
+    last = tmp_path / "checkpoint-6"
+    assert set(weft.load(last)) == set(net.state_dict()), "an ordinary checkpoint of the network"
+    assert torch.allclose(load_linearised(last, net)(x), expected, atol=1e-6)
+
+
+def test_a_penalty_in_transformers_trainer_is_the_objectives(blobs: Data, tmp_path: Path) -> None:
+    """Plain SGD on L + penalty, by weft's loop and by the Trainer with the penalty as a callback."""
+    x, y = blobs[0][:48], blobs[1][:48]
+    net = perceptron()
+    model = WithLoss(Charted(net))
+    stop = {"at": 0}
+
+    def count(state: State) -> None:
+        stop["at"] = state.step
+        state.stop = state.step == 4
+
+    run_trainer(model, (x, y), tmp_path, trainer_callback(penalty=2.0 * l2_sp(), on_step=count),
+                optim="sgd", lr_scheduler_type="constant")  # fmt: skip
+    assert stop["at"] == 4
+    mine = weft.finetune(net, [(x, y)], objective=supervised() + 2.0 * l2_sp(), steps=4, schedule="constant",
+                         optimizer=lambda p: torch.optim.SGD(p, lr=1e-2))  # fmt: skip
+    for name, value in model.model.weights().items():
+        assert torch.allclose(value, mine.checkpoint.tensor(name), atol=1e-5)
+    free = weft.finetune(net, [(x, y)], steps=4, schedule="constant",
+                         optimizer=lambda p: torch.optim.SGD(p, lr=1e-2))  # fmt: skip
+    assert not torch.allclose(
+        free.checkpoint.tensor("0.weight"), mine.checkpoint.tensor("0.weight"), atol=1e-5
+    )
+
+
+def test_a_penalty_on_a_plain_model_of_transformers_trainer(blobs: Data, tmp_path: Path) -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = perceptron()
+
+        def forward(self, input: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            return {"loss": F.cross_entropy(self.net(input), labels)}
+
+    moved = []
+    for strength in (0.0, 5.0):
+        model = Plain()
+        start = {n: p.detach().clone() for n, p in model.named_parameters()}
+        run_trainer(model, blobs, tmp_path, trainer_callback(penalty=strength * l2_sp()), max_steps=20)
+        moved.append(sum(float((p - start[n]).square().sum().detach()) for n, p in model.named_parameters()))
+    assert moved[1] < 0.5 * moved[0]
+
+
+def test_hooks_and_penalties_in_lightning(blobs: Data, tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning.pytorch")
+    x, y = blobs[0][:48], blobs[1][:48]
+    net = perceptron()
+
+    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Linearised(net)
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=1e-2)
+
+    module, steps, kept = Module(), [], []
+    trainer = lightning.Trainer(
+        max_epochs=9, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=str(tmp_path), enable_checkpointing=False,
+        callbacks=[lightning_callback(
+            penalty=2.0 * l2_sp(), on_checkpoint=lambda s: kept.append(s.step),
+            on_step=lambda s: (steps.append((s.step, s.loss)), setattr(s, "stop", s.step == 4)),
+        )],
+    )  # fmt: skip
+    trainer.fit(
+        module, torch.utils.data.DataLoader([(a, b) for a, b in zip(x, y, strict=True)], batch_size=48)
+    )
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    assert [s for s, _ in steps] == [1, 2, 3, 4] and all(loss == loss for _, loss in steps) and kept == [4]
+    mine = weft.finetune(net, [(x, y)], mode="tangent", objective=supervised() + 2.0 * l2_sp(), steps=4,
+                         schedule="constant", optimizer=lambda p: torch.optim.SGD(p, lr=1e-2))  # fmt: skip
+    for name, value in module.net.weights().items():
+        assert torch.allclose(value, mine.checkpoint.tensor(name), atol=1e-5)
+
+
+def test_an_accelerator_may_carry_the_loop(blobs: Data) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    engine = accelerate.Accelerator(cpu=True)
+    carried = weft.finetune(perceptron(), blobs, mode="tangent", steps=5, engine=engine)
+    plain = weft.finetune(perceptron(), blobs, mode="tangent", steps=5)
+    assert all(
+        torch.equal(carried.checkpoint.tensor(n), plain.checkpoint.tensor(n)) for n in plain.checkpoint
+    )
