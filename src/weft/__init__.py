@@ -14,18 +14,65 @@ from typing import TYPE_CHECKING, Any
 from weft._version import __version__
 
 if TYPE_CHECKING:
+    from weft.adapters.apply import apply_adapters
+    from weft.adapters.extract import extract_lora
+    from weft.adapters.merge import merge_adapters
+    from weft.adapters.resize import resize_lora
+    from weft.analysis.analyze import analyze
     from weft.api import load, materialize, merge, save
     from weft.checkpoints.base import Checkpoint
     from weft.errors import DataError, UsageError, WeftError
+    from weft.llm.moe.build import build_moe
+    from weft.llm.moe.match import match_experts
+    from weft.llm.moe.reduce import reduce_experts
+    from weft.llm.shuffle import shuffled
+    from weft.llm.slices import layers, stacked
+    from weft.llm.tokens.share import share_vocabulary
+    from weft.llm.tokens.transplant import transplant
+    from weft.llm.upscale import expanded, upscaled
     from weft.recipes.build import build
+    from weft.train.loop import finetune
 
 _API = {"load": "weft.api", "merge": "weft.api", "save": "weft.api", "materialize": "weft.api",
-        "build": "weft.recipes", "Checkpoint": "weft.checkpoints.base", "METHODS": "weft.methods.registry",
+        "build": "weft.recipes", "search": "weft.search", "Checkpoint": "weft.checkpoints.base",
+        "METHODS": "weft.methods.registry", "apply_adapters": "weft.adapters.apply",
+        "extract_lora": "weft.adapters.extract", "merge_adapters": "weft.adapters.merge",
+        "resize_lora": "weft.adapters.resize", "build_moe": "weft.llm.moe.build",
+        "match_experts": "weft.llm.moe.match", "reduce_experts": "weft.llm.moe.reduce",
+        "share_vocabulary": "weft.llm.tokens.share", "transplant": "weft.llm.tokens.transplant",
+        "layers": "weft.llm.slices", "stacked": "weft.llm.slices", "shuffled": "weft.llm.shuffle",
+        "analyze": "weft.analysis.analyze", "upscaled": "weft.llm.upscale", "expanded": "weft.llm.upscale",
+        "finetune": "weft.train.loop",
         "WeftError": "weft.errors", "DataError": "weft.errors", "UsageError": "weft.errors"}  # fmt: skip
 
 __all__ = [
-    "Checkpoint", "DataError", "UsageError", "WeftError", "__version__", "build", "load", "materialize",
-    "merge", "save",
+    "Checkpoint",
+    "DataError",
+    "UsageError",
+    "WeftError",
+    "__version__",
+    "analyze",
+    "apply_adapters",
+    "build",
+    "build_moe",
+    "expanded",
+    "extract_lora",
+    "finetune",
+    "layers",
+    "load",
+    "match_experts",
+    "materialize",
+    "merge",
+    "merge_adapters",
+    "reduce_experts",
+    "resize_lora",
+    "save",
+    "search",
+    "share_vocabulary",
+    "shuffled",
+    "stacked",
+    "transplant",
+    "upscaled",
 ]  # fmt: skip
 
 

@@ -37,6 +37,8 @@ def merge(
     mismatch: Mismatch = "error",
     nonfinite: Literal["error", "allow"] = "error",
     compat: Literal["mergekit"] | None = None,
+    statistics: Sequence[Model] | None = None,
+    base_statistics: Model | None = None,
     **params: Any,
 ) -> Checkpoint:
     """A lazy checkpoint: `models` merged by a method (see `weft methods`), computed when it is read.
@@ -45,6 +47,7 @@ def merge(
     the method's; a value may be a number, one number a model (for parameters like `weight`), a curve over
     the blocks, or a list of rules, as in a recipe. `dtype` is what to store the result in (the base's, or
     first model's, by default); `compat="mergekit"` takes MergeKit's defaults and choices.
+    Methods that need statistics of the models (`weft.measure`) take one checkpoint of them a model, in order.
 
     Raises UsageError for what cannot be meant and DataError where the tensors don't fit together.
     """
@@ -57,6 +60,8 @@ def merge(
     node = Merge(
         sources, base=anchor, method=made, params=_resolver(made, {**defaults, **params}, len(sources)),
         seed=seed, missing=missing, mismatch=mismatch, nonfinite=nonfinite,
+        statistics=None if statistics is None else [load(s) for s in statistics],
+        base_statistics=None if base_statistics is None else load(base_statistics),
     )  # fmt: skip
     return node if dtype is None else Cast(node, dtype)
 

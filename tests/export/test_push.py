@@ -378,5 +378,14 @@ def test_hub_ids(tmp_path, monkeypatch):
     (tmp_path / "org" / "local").mkdir(parents=True)
     assert hub_id("org/name") == "org/name" and hub_id("org/name@v1") == "org/name"
     assert hub_id("hf://org/name@c0ffee") == "org/name" and hub_id("hf://org/local@x") == "org/local"
-    for other in ("org/local", "hf://datasets/org/name", "./org/name", "/a/b", "name", "https://a.b/c", "state dict", ""):
+    for other in (
+        "org/local",
+        "hf://datasets/org/name",
+        "./org/name",
+        "/a/b",
+        "name",
+        "https://a.b/c",
+        "state dict",
+        "",
+    ):
         assert hub_id(other) is None, other

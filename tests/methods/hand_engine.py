@@ -37,7 +37,8 @@ def run_model(pipeline: Pipeline, stacks: Stacks, tiles: int, **at: Any) -> dict
                 place = At(**{**vars(where[n]), "start": a})
                 tail = {"element": (b - a,), "row": (-1, row_length(place.shape)), "tensor": place.shape}
                 part = x[..., a:b].reshape((*x.shape[:-1], *tail[bound.grain])).clone()
-                y = bound.step.run(part, bound.params, found[n], place, None)
+                nothing = {need.keyword: None for need in bound.step.needs}
+                y = bound.step.run(part, bound.params, found[n] | nothing, place, None)
                 out.append(y.reshape(*([] if reduced or bound.step.reduces else [y.shape[0]]), -1))
             flat[n] = torch.cat(out, -1)
         reduced = reduced or bound.step.reduces

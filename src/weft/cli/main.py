@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import sys
@@ -9,6 +10,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from weft.cli.analyze import app as analyze_app
+from weft.cli.export import app as export_app
+from weft.cli.lora import app as lora_app
+from weft.cli.moe import app as moe_app
+from weft.cli.tokens import app as tokens_app
 
 app = typer.Typer(
     name="weft",
@@ -66,6 +73,12 @@ def merge(
     executor: Annotated[str, typer.Option(help="local or ray.")] = "local",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     digests: Annotated[bool, typer.Option(help="Put sha256 of inputs and outputs in the manifest.")] = True,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Run the output in transformers and compare it with its inputs.")
+    ] = False,
+    verify_text: Annotated[
+        Path | None, typer.Option(help="Verify on this text (.txt, .jsonl, .gz) instead of the bundled one.")
+    ] = None,
     log_json: Annotated[
         Path | None, typer.Option(help="Append events as JSON lines to this file ('-': stdout).")
     ] = None,
@@ -75,11 +88,13 @@ def merge(
     """Merge checkpoints as a recipe says. Interrupted, the same command goes on where it stopped."""
     from weft.cli.merging import run
 
-    run(
+    status = run(
         recipe, out, sets=set_ or [], seed=seed, dry_run=dry_run, explain=explain, log_json=log_json,
         quiet=quiet, as_json=json, memory=memory, threads=threads, device=device, dtype=dtype,
         shard_size=shard_size, executor=executor, overwrite=overwrite, digests=digests,
+        verify=verify or verify_text is not None, verify_text=verify_text,
     )  # fmt: skip
+    raise typer.Exit(status)
 
 
 @app.command()
@@ -148,6 +163,80 @@ def systems(
 
 
 @app.command()
+def search(
+    search: Annotated[str, typer.Argument(help="A search file (YAML).", metavar="SEARCH")],
+    out: Annotated[Path | None, typer.Option(help="Write the winner's recipe here.")] = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Candidates in all; goes before the file's.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Goes before the file's.")] = None,
+    storage: Annotated[
+        Path | None, typer.Option(help="SQLite file from which the same search goes on.")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Candidates measured at a time.")] = None,
+    executor: Annotated[str | None, typer.Option(help="local or ray.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="For inputs and merged tensors, e.g. 8GiB. Default: a quarter of RAM.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture (.png, .svg, .pdf).")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no line a candidate.")] = False,
+    json: Json = False,
+) -> None:
+    """Search a recipe's parameters for the best score on validation data."""
+    from weft.cli.search import run_search
+
+    run_search(
+        search, out, plot, json, quiet, trials=trials, seed=seed, storage=storage, jobs=jobs,
+        executor=executor, memory=memory,
+    )  # fmt: skip
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="A merged model's folder.", metavar="MODEL")],
+    parent: Annotated[
+        list[str] | None, typer.Option(help="A model it was made from; may be given several times.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text (.txt, .jsonl, .gz) instead of the bundled one.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="At most so many tokens of it.")] = 4096,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
+    record: Annotated[bool, typer.Option("--record", help="Put it into the manifest and card.")] = False,
+    json: Json = False,
+) -> None:
+    """Run a model with transformers: does it load, compute and predict? Exit status 1 if not."""
+    from weft.cli.verifying import verify_folder
+
+    status = verify_folder(
+        model, parent or [], text=text, tokens=tokens, device=device, record=record, as_json=json
+    )
+    raise typer.Exit(status)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A merged model's folder.", metavar="FOLDER")],
+    repo: Annotated[str, typer.Argument(help="org/name on the Hub.", metavar="REPO")],
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="If the repository is new.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch; made if it isn't there.")] = None,
+    message: Annotated[str, typer.Option(help="Commit message.")] = "Upload with weft",
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files and stop.")] = False,
+    json: Json = False,
+) -> None:
+    """Upload a model to the Hub. Interrupted, the same command goes on where it stopped."""
+    from weft.cli.push import push_folder
+
+    push_folder(
+        folder, repo, private=private, revision=revision, message=message, create_pr=create_pr,
+        dry_run=dry_run, as_json=json,
+    )  # fmt: skip
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of recipes, for editors."""
     from weft.cli.output import print_json
@@ -167,11 +256,21 @@ def demo(
     run_demo(out, json_path=json)
 
 
+app.add_typer(analyze_app)
+app.add_typer(tokens_app)
+app.add_typer(lora_app)
+app.add_typer(moe_app)
+app.add_typer(export_app)
+
+
 def main() -> None:
     """Entry point: errors become one message on stderr and an exit status, never a traceback."""
     from weft.cli.output import report_error
     from weft.errors import WeftError
 
+    # torch and numba make a million objects that live for ever; looking through them again and again is a
+    # fifth of the time they take to import
+    gc.set_threshold(200_000, 50, 50)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode shows \u2212 rather than fail
             stream.reconfigure(errors="backslashreplace")
@@ -200,6 +299,8 @@ def main() -> None:
 
 def _report(error: Exception) -> int:
     """Say what the argument parser or the operating system refused; the exit status."""
+    from difflib import get_close_matches
+
     from weft.cli.output import report_error
 
     # told by what they have, since typer's parser has moved between packages
@@ -209,7 +310,8 @@ def _report(error: Exception) -> int:
         wrong, known = getattr(error, "option_name", None), getattr(error, "possibilities", None)
         message = show().rstrip(".")
         if wrong and known is not None:
-            hint = f"; did you mean {' or '.join(sorted(known))}?" if known else ""
+            near = get_close_matches(wrong, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
             message = f"there is no option {wrong}{hint}"
         report_error(message + (f" (see {context.command_path} --help)" if context is not None else ""))
         return int(getattr(error, "exit_code", 2))

@@ -15,11 +15,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from weft.checkpoints.base import Asset, Checkpoint, TensorInfo
+from weft.checkpoints.base import Asset, Checkpoint, TensorInfo, WeightFile
 from weft.checkpoints.dtypes import round_to
-from weft.checkpoints.execution import execution, map_joined, own_stream, ranges, to_device
+from weft.checkpoints.execution import execution, own_stream, to_device
 from weft.errors import DataError, UsageError
+from weft.methods.gather import gather, is_finite
 from weft.methods.layers import block_of, count_layers
+from weft.methods.measured import Measured
 from weft.methods.parts import Part, parts_of, stored_name
 from weft.methods.registry import Method
 from weft.methods.step import At, Bound, Pipeline, row_length
@@ -45,7 +47,8 @@ class Merge(Checkpoint):
 
     `params(at)` gives the method's parameters for the tensor at hand. `missing` and `mismatch` say what to
     do with tensors that not all inputs have, or have in different shapes; by default an error lists all of
-    them. A NaN or infinity in an input is an error that names it, unless `nonfinite="allow"`.
+    them. A NaN or infinity in an input is an error that names it, unless `nonfinite="allow"`. `statistics` (one
+    checkpoint a model, in order) and `base_statistics` are for methods that need what was measured on data.
     """
 
     def __init__(
@@ -60,6 +63,8 @@ class Merge(Checkpoint):
         mismatch: Mismatch = "error",
         nonfinite: Literal["error", "allow"] = "error",
         origin: str = "",
+        statistics: Sequence[Checkpoint] | None = None,
+        base_statistics: Checkpoint | None = None,
     ) -> None:
         if not models:
             raise UsageError(f"{method.name} needs at least one model")
@@ -84,6 +89,8 @@ class Merge(Checkpoint):
         self._found: dict[tuple[str, int], Found] = {}
         self._held: dict[str, list[Tensor | None]] = {}
         self._lock = threading.RLock()
+        self.measured: Measured | None = None
+        self.measured = Measured.of(self, statistics, base_statistics)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_locks")}
@@ -128,8 +135,9 @@ class Merge(Checkpoint):
         """The place of a tensor: shape, seed, block."""
         block = block_of(name)
         layers = self._layers[block[0]] if block else max(self._layers.values(), default=1)
-        shape = self._parts[name].info.shape
-        return At(name, shape, 0, self.seed, block[1] if block else None, layers)
+        shape, layer = self._parts[name].info.shape, block[1] if block else None
+        turned = self.measured is not None and self.measured.transposed(name)
+        return At(name, shape, 0, self.seed, layer, layers, turned)
 
     def pipeline(self, name: str) -> Pipeline:
         """The steps that make one tensor, parameters resolved."""
@@ -164,7 +172,8 @@ class Merge(Checkpoint):
         if part.carried_from is not None:
             return part.carried_from.bytes_read(stored_name(part.carried_from, name))
         passes = 1 + sum(b.step.stat.rounds() for b in self.pipeline(name).steps if b.step.stat)
-        return passes * sum(s.bytes_read(stored_name(s, name)) for s in self._sources(name))
+        read = passes * sum(s.bytes_read(stored_name(s, name)) for s in self._sources(name))
+        return read + (0 if self.measured is None else self.measured.bytes_read(self, name))
 
     def held_bytes(self, name: str) -> int:
         part = self.part(name)
@@ -188,6 +197,10 @@ class Merge(Checkpoint):
                 lambda s: None if s is None else s.read(stored_name(s, name)), readers
             )
 
+    def holds(self, name: str) -> bool:
+        """Whether `hold` keeps the tensor's inputs in memory."""
+        return name in self._held
+
     def release(self, name: str) -> None:
         self._held.pop(name, None)
         for j in range(len(self.pipeline(name).steps) if self.part(name).carried_from is None else 0):
@@ -209,13 +222,28 @@ class Merge(Checkpoint):
             ),
             default=0,
         )
-        return inner + count * 8 * (5 * len(part.sources) + 4) + tables
+        measured = 0 if self.measured is None else self.measured.working_bytes(self, name, count)
+        return inner + count * 8 * (5 * len(part.sources) + 4) + tables + measured
 
     def identity(self) -> str | None:
-        inner = super().identity()
-        steps = {n: str(self.pipeline(n)) for n in self._merged_names()}
+        inner, measured = super().identity(), "" if self.measured is None else self.measured.identity()
+        steps = {n: str(self.pipeline(n)) for n in self.merged_names()}
         policy = (self.method.name, self.seed, self.missing, self.mismatch, self.nonfinite)
-        return inner and f"{policy}{steps}{inner}"
+        return None if inner is None or measured is None else f"{policy}{steps}{inner}{measured}"
+
+    @property
+    def files(self) -> tuple[WeightFile, ...]:
+        return super().files if self.measured is None else super().files + self.measured.files
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of this merge: which tensors are merged without what was not measured."""
+        lacking = {} if self.measured is None else self.measured.unmeasured(self)
+        whys = dict.fromkeys(lacking.values())
+        return tuple(
+            f"{self.method.name}: {why} of {', '.join(n for n, w in lacking.items() if w == why)}"
+            for why in whys
+        )
 
     @property
     def carried(self) -> dict[str, str]:
@@ -239,7 +267,7 @@ class Merge(Checkpoint):
                 return fused
         with own_stream(execution().device):
             x, base = self.stack(name, start, stop)
-            out = self._run(name, x, base, start, self.pipeline(name).steps)
+            out = self.run(name, x, base, start, self.pipeline(name).steps)
             if base is not None:
                 out = base + out
             return (out if dtype is None else round_to(out, dtype)).cpu()
@@ -265,7 +293,7 @@ class Merge(Checkpoint):
         models, base = self.values(name, start, stop)
         if self.nonfinite == "error":
             for values, source in zip([*models, base], self.readers(name), strict=True):
-                if values is not None and source is not None and not _finite(values):
+                if values is not None and source is not None and not is_finite(values):
                     self.refuse_nonfinite(name, source)
         x = torch.empty((len(models), stop - start), dtype=torch.float64, device=device)
         for row, values in zip(x, models, strict=True):
@@ -275,13 +303,15 @@ class Merge(Checkpoint):
         base = to_device(base, device).double()
         return x.sub_(base), base
 
-    def _run(self, name: str, x: Tensor, base: Tensor | None, start: int, steps: Sequence[Bound]) -> Tensor:
+    def run(self, name: str, x: Tensor, base: Tensor | None, start: int, steps: Sequence[Bound]) -> Tensor:
         """Run `steps` on a range, with the statistics found before."""
         at = replace(self.at(name), start=start)
         n, reduced = x.shape[-1], False
         for j, bound in enumerate(steps):
             found = self.found(name, j)
             shape = {"element": (n,), "row": (-1, row_length(at.shape)), "tensor": at.shape}[bound.grain]
+            if self.measured is not None:
+                found = found | self.measured.keywords(self, name, bound.step.needs, start, start + n, shape)
             models = () if reduced else (x.shape[0],)
             b = None if base is None else base.reshape(shape)
             x = bound.step.run(x.reshape(*models, *shape), bound.params, found, at, b)
@@ -305,14 +335,17 @@ class Merge(Checkpoint):
 
     # -- statistics -----------------------------------------------------------------------------------
 
-    def _merged_names(self) -> list[str]:
+    def merged_names(self) -> list[str]:
+        """The tensors that are not carried."""
         return [n for n, p in self._parts.items() if p.carried_from is None]
 
     def survey(self) -> None:
         """Statistics over the whole model, step after step."""
         super().survey()
         with self._lock:
-            names = self._merged_names()
+            if self.measured is not None:
+                self.measured.survey(self)
+            names = self.merged_names()
             if not names:
                 return
             for j, bound in enumerate(self.pipeline(names[0]).steps):
@@ -327,7 +360,7 @@ class Merge(Checkpoint):
                             f"{dict(bound.params)}"
                         )
                     self._tensor_statistics(name, upto=j)
-                self._found[("*", j)] = self._gather(j, bound, names)
+                self._found[("*", j)] = gather(self, j, bound, names)
 
     def ready(self, name: str) -> None:
         """Statistics of one tensor."""
@@ -335,6 +368,9 @@ class Merge(Checkpoint):
         if part.carried_from is not None:
             return
         pipeline = self.pipeline(name)
+        if self.measured is not None:
+            with self._lock:
+                self.measured.ready(self, name)
         if all(b.step.stat is None or (name, j) in self._found for j, b in enumerate(pipeline.steps)):
             return
         if any(b.step.stat and b.scope == "model" for b in pipeline.steps):
@@ -352,50 +388,4 @@ class Merge(Checkpoint):
         for j, bound in enumerate(self.pipeline(name).steps[:upto]):
             if bound.step.stat is None or bound.scope == "model" or (name, j) in self._found:
                 continue
-            self._found[(name, j)] = self._gather(j, bound, [name])
-
-    def _gather(self, j: int, bound: Bound, names: Sequence[str]) -> Found:
-        """Stream over the tensors once a round, and combine."""
-        stat, how = bound.step.stat, execution()
-        assert stat is not None
-        cut = [
-            (n, a, b)
-            for n in names
-            # what is held needs no buffers: longer ranges, and fewer summaries to join
-            for a, b in ranges(
-                self._parts[n].info.numel, self.grain(n), how.chunk * (8 if n in self._held else 1)
-            )
-            or [(0, 0)]
-        ]
-        numel = sum(self._parts[n].info.numel for n in names)
-        memo: Any = None
-        hint = how.kernels.hint(self, names, j) if how.kernels is not None else None
-
-        def summarise(item: tuple[str, int, int]) -> Any:
-            name, start, stop = item
-            steps = self.pipeline(name).steps
-            if how.kernels is not None:
-                fused = how.kernels.partial(self, name, j, start, stop, memo, hint)
-                if fused is not None:
-                    return fused
-            with own_stream(how.device):
-                x, base = self.stack(name, start, stop)
-                x = self._run(name, x, base, start, steps[:j])
-                at = replace(self.at(name), start=start)
-                return stat.partial(x, memo, bound.params, at)
-
-        for _ in range(stat.rounds()):
-            if memo is not None and stat.finished(memo):
-                break
-            part = map_joined(how.map, summarise, cut, stat.join, stat.needs_order)
-            memo = stat.combine(part, memo, bound.params, numel)
-            how.surveyed(sum((b - a) * self._stored_width(n) for n, a, b in cut))
-        return stat.result(memo, bound.params)
-
-    def _stored_width(self, name: str) -> int:
-        return sum(s.info(stored_name(s, name)).dtype.itemsize for s in self._sources(name))
-
-
-def _finite(values: Tensor) -> bool:
-    wide = values.float() if values.dtype.itemsize == 1 else values
-    return bool(wide.isfinite().all())
+            self._found[(name, j)] = gather(self, j, bound, [name])

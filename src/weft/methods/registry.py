@@ -15,8 +15,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from weft.errors import UsageError, did_you_mean
+from weft.methods.kinds import Need
 from weft.methods.params import Parameter, check_params, signature_parameters
-from weft.methods.step import At, Pipeline, as_stack
+from weft.methods.step import At, Pipeline, Statistics, as_stack
 
 Space = Literal["weights", "deltas"]
 BaseUse = Literal["required", "optional", "forbidden"]
@@ -36,6 +37,7 @@ class Method:
         compat: Mapping[str, Mapping[str, Any]],
         per_task: bool,
         aliases: Sequence[str] = (),
+        needs: Sequence[str] = (),
     ) -> None:
         self.name = build.__name__
         self.build_fn = build
@@ -43,6 +45,8 @@ class Method:
         self.__name__ = self.name
         self.space, self.models, self.paper, self.per_task = space, models, paper, per_task
         self.aliases = tuple(aliases)
+        self.needs = tuple(map(Need.parse, needs))
+        """What of its steps' needs it may have, over all values of its parameters."""
         self.base: BaseUse = base or ("required" if space == "deltas" else "forbidden")
         self.compat = {k: dict(v) for k, v in compat.items()}
         self.params: dict[str, Parameter] = signature_parameters(build)
@@ -75,13 +79,15 @@ class Method:
         *,
         base: Tensor | None = None,
         at: At | None = None,
+        statistics: Statistics | None = None,
         **params: Any,
     ) -> Tensor:
         """Merge tensors: a stack `[k, *shape]` or a list of k tensors of one shape.
 
         A method of task vectors (`space="deltas"`) takes task vectors and returns one; with `base` it takes
-        and returns weights. Computes in the dtype of the inputs, float32 at least; differentiable wherever
-        torch is.
+        and returns weights. A method that needs statistics takes them by kind: `{"fisher": [k, *shape]}`, or
+        None for what was not measured of these tensors. Computes in the dtype of the inputs, float32 at
+        least; differentiable wherever torch is.
         """
         x = as_stack(tensors)
         self.check_arity(x.shape[0])
@@ -89,10 +95,10 @@ class Method:
             x = x.float()
         if base is not None and (self.space == "deltas" or self.base == "optional"):
             anchor = base.to(x.dtype)
-            return anchor + self.pipeline(**params)(x - anchor, base=anchor, at=at)
+            return anchor + self.pipeline(**params)(x - anchor, base=anchor, at=at, statistics=statistics)
         if base is not None:
             raise UsageError(f"{self.name} works on weights and takes no base")
-        return self.pipeline(**params)(x, at=at)
+        return self.pipeline(**params)(x, at=at, statistics=statistics)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # by name, since a decorated function cannot be pickled; one of a script's own goes as it is
@@ -126,19 +132,20 @@ def method(
     compat: Mapping[str, Mapping[str, Any]] | None = None,
     per_task: bool = False,
     aliases: Sequence[str] = (),
+    needs: Sequence[str] = (),
 ) -> Callable[[Callable[..., Pipeline]], Method]:
     """Declare a function from parameters to a pipeline as a method.
 
     `models` is the least and greatest number of models (base not counted). A method in weight space with
     `base="optional"` works on task vectors when a base is given. `compat` maps another tool's name to the
     parameter values that reproduce its choices. `per_task` marks methods whose output is one model a task.
-    `aliases` are other names it goes by.
+    `aliases` are other names it goes by; `needs` lists what its steps need measured, whatever its parameters.
     """
 
     def declare(build: Callable[..., Pipeline]) -> Method:
         made = Method(
             build, space=space, models=models, paper=paper, base=base, compat=compat or {},
-            per_task=per_task, aliases=aliases,
+            per_task=per_task, aliases=aliases, needs=needs,
         )  # fmt: skip
         return METHODS.add(made)
 
@@ -204,7 +211,7 @@ def pipeline_method(steps: Pipeline, name: str = "steps") -> Method:
     build.__name__ = name
     build.__doc__ = str(steps)
     made = Method(build, space="deltas", models=(1, None), paper="", base=None, compat={}, per_task=False)
-    made.steps = steps
+    made.steps, made.needs = steps, steps.needs
     return made
 
 

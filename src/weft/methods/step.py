@@ -5,7 +5,8 @@ It maps the stack to a stack, or reduces it to `[*shape]`. It declares
 
 - `grain`: whether it may see any range of elements, whole rows, or only the whole tensor;
 - `stat`: a statistic of the stack over the tensor or the whole model that must be known first. The engine
-  gathers it in a streaming pass; a direct call gathers it from the tensor at hand.
+  gathers it in a streaming pass; a direct call gathers it from the tensor at hand;
+- `needs`: what must have been measured on data (see measured.py), such as `("fisher",)`.
 
 `trim(x, density=0.2)` runs the step; `trim(density=0.2)` binds it, and bound steps compose with `|` into a
 pipeline, which is again callable on tensors.
@@ -25,10 +26,13 @@ import torch
 from torch import Tensor
 
 from weft.errors import UsageError
+from weft.methods.kinds import Need
+from weft.methods.measured import at_hand
 from weft.methods.params import Parameter, check_params, signature_parameters
 from weft.methods.stats import Stat
 
 Grain = Literal["element", "row", "tensor"]
+Statistics = Mapping[str, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class At:
     """Index of the block the tensor belongs to, None for tensors outside the blocks."""
     layers: int = 1
     """Number of blocks of the model."""
+    transposed: bool = False
+    """Whether the weight is stored [in, out]; known where there are statistics of it."""
 
     @property
     def numel(self) -> int:
@@ -74,15 +80,19 @@ class Step:
         grain: Grain | Callable[[Mapping[str, Any]], Grain],
         stat: Stat | None,
         reduces: bool,
+        needs: Sequence[str] = (),
     ) -> None:
         self.fn, self.name, self.stat, self.reduces = fn, fn.__name__, stat, reduces
+        self.needs = tuple(map(Need.parse, needs))
         self._grain = grain
         self.__doc__ = fn.__doc__
         self.__name__ = fn.__name__
         known = signature(fn).parameters
         self.wants_at = "at" in known
         self.wants_base = "base" in known
-        provided = stat.provides if stat else ()
+        provided = (*(stat.provides if stat else ()), *(n.keyword for n in self.needs))
+        if len(set(provided)) < len(provided):
+            raise UsageError(f"step {self.name}: its stat and its needs give one keyword twice")
         self.params: dict[str, Parameter] = signature_parameters(fn, skip=("at", "base", *provided))
 
     def grain(self, params: Mapping[str, Any]) -> Grain:
@@ -109,7 +119,7 @@ class Step:
     @overload
     def __call__(
         self, x: Tensor | Sequence[Tensor], /, *, base: Tensor | None = None, at: At | None = None,
-        **params: Any,
+        statistics: Statistics | None = None, **params: Any,
     ) -> Tensor: ...  # fmt: skip
     def __call__(
         self,
@@ -118,10 +128,11 @@ class Step:
         *,
         base: Tensor | None = None,
         at: At | None = None,
+        statistics: Statistics | None = None,
         **params: Any,
     ) -> Tensor | Pipeline:
         pipeline = Pipeline((Bound(self, check_params(self.name, self.params, params)),))
-        return pipeline if x is None else pipeline(x, base=base, at=at)
+        return pipeline if x is None else pipeline(x, base=base, at=at, statistics=statistics)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # by name, since a decorated function cannot be pickled; one of a script's own goes as it is
@@ -149,18 +160,20 @@ def step(
     grain: Grain | Callable[[Mapping[str, Any]], Grain] = "element",
     stat: Stat | None = None,
     reduces: bool = False,
+    needs: Sequence[str] = (),
 ) -> Callable[[Callable[..., Tensor]], Step]:
     """Declare a function `(x: [k, *shape], *, params…) -> Tensor` as a step.
 
     Keywords named `at` (an `At`) and `base` (the base's values, `[*shape]`) are filled in by whoever runs
-    the step; those that `stat` provides come from the statistic. With grain "row", x comes as
+    the step; those that `stat` provides come from the statistic, those in `needs` from what was measured
+    (measured.py). With grain "row", x comes as
     `[k, rows, row_length]`; with "tensor" as `[k, *shape]`; with "element" in any shape.
     """
 
     def declare(fn: Callable[..., Tensor]) -> Step:
         if fn.__name__ in STEPS:
             raise UsageError(f"there are two steps named {fn.__name__!r}")
-        STEPS[fn.__name__] = Step(fn, grain=grain, stat=stat, reduces=reduces)
+        STEPS[fn.__name__] = Step(fn, grain=grain, stat=stat, reduces=reduces, needs=needs)
         return STEPS[fn.__name__]
 
     return declare
@@ -209,10 +222,20 @@ class Pipeline:
     def reduces(self) -> bool:
         return any(b.step.reduces for b in self.steps)
 
+    @cached_property
+    def needs(self) -> tuple[Need, ...]:
+        """What must have been measured for any of the steps, each once."""
+        return tuple(dict.fromkeys(n for b in self.steps for n in b.step.needs))
+
     def __call__(
-        self, x: Tensor | Sequence[Tensor], *, base: Tensor | None = None, at: At | None = None
-    ) -> Tensor:
-        """Run on a stack `[k, *shape]` or a list of k tensors, with statistics of these tensors alone."""
+        self, x: Tensor | Sequence[Tensor], *, base: Tensor | None = None, at: At | None = None,
+        statistics: Statistics | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Run on a stack `[k, *shape]` or a list of k tensors, with statistics of these tensors alone.
+
+        `statistics` holds what was measured, by kind: `{"fisher": [k, *shape], "base_fisher": [*shape]}`; None
+        where there is nothing for this tensor.
+        """
         stack = as_stack(x)
         shape = tuple(stack.shape[1:])
         at = replace(at or At(), shape=shape)
@@ -224,6 +247,8 @@ class Pipeline:
             view = (-1, row_length(shape)) if bound.grain == "row" else shape
             models = () if reduced else (stack.shape[0],)
             b = None if base is None else base.reshape(view)
+            if bound.step.needs:
+                found = found | at_hand(bound.step.needs, statistics or {}, bound.step.name, view)
             out = bound.step.run(stack.reshape((*models, *view)), bound.params, found, at, b)
             reduced = reduced or bound.step.reduces
             stack = out.reshape(shape if reduced else (*models, *shape))

@@ -40,6 +40,8 @@ class Kernels:
     ) -> Tensor | None:
         """The merged range, rounded to `dtype` (float64 without one); None where torch must do it."""
         steps = node.pipeline(name).steps
+        if node.measured is not None:  # what was measured reaches only steps in torch
+            return None
         # where a first pass has read everything, it has looked for NaN too; a sum shows those of its terms
         shows = all(b.step.name in TRANSPARENT for b in steps)
         unread = not any(b.step.stat for b in steps)
@@ -81,6 +83,8 @@ class Kernels:
         self, node: Merge, name: str, j: int, start: int, stop: int, memo: Any, hint: Tensor | None
     ) -> Any:
         """Step j's statistic of a range; None where torch must do it."""
+        if node.measured is not None:
+            return None
         bound = node.pipeline(name).steps[j]
         stat = bound.step.stat
         simple = type(stat) is Gram or (type(stat) is Select and stat.value is None)

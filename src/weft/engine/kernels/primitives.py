@@ -201,9 +201,7 @@ def sort_row(packed: Any, other: Any, counts: Any) -> None:
 
 
 @njit(**OPTIONS)
-def rank_short(
-    keys: Any, ranks: Any, starts: Any, where: Any, spare: Any, buckets: Any, counts: Any
-) -> bool:
+def rank_short(keys: Any, ranks: Any, starts: Any, where: Any, spare: Any, buckets: Any, counts: Any) -> bool:
     """Ranks of a row's keys in `ranks`, stable by position; False if they span too many octaves for it.
 
     One counting pass over the upper 16 bits of the keys, and whether they have lower ones: equal values, of

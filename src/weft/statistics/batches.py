@@ -1,0 +1,129 @@
+"""Data for a measurement: batches of any usual form, how many examples they hold, what counts, and what is right.
+
+A batch is a tensor (the inputs), a tuple whose last entry are the labels, or a mapping of keyword arguments
+(`labels` set apart; `attention_mask` says which tokens count), as data loaders of torch and transformers give
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from weft.errors import DataError, UsageError
+
+Data = Iterable[Any]
+Forward = Callable[[nn.Module, Any], Any]
+MASKS = ("attention_mask", "decoder_attention_mask")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch taken apart. Tensors have the examples along their first axis."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    labels: Tensor | None
+    raw: Any
+    size: int
+
+    @property
+    def masks(self) -> list[Tensor]:
+        """Which positions count, [B, T] bool each."""
+        found = [self.kwargs.get(name) for name in MASKS]
+        return [m != 0 for m in found if isinstance(m, Tensor) and m.dim() == 2]
+
+    def first(self, n: int) -> Batch:
+        """Its first n examples."""
+        if n >= self.size:
+            return self
+        return self.part(0, n)
+
+    def part(self, start: int, stop: int) -> Batch:
+        """Examples [start, stop)."""
+
+        def cut(value: Any) -> Any:
+            held = isinstance(value, Tensor) and value.dim() > 0 and len(value) == self.size
+            return value[start:stop] if held else value
+
+        return as_batch(pytree.tree_map(cut, self.raw))
+
+
+def batches(data: Data, device: torch.device, limit: int | None = None) -> Iterator[Batch]:
+    """The batches of `data`, on the device, up to `limit` examples."""
+    if isinstance(data, Tensor | str | bytes) or not isinstance(data, Iterable):
+        raise UsageError(
+            f"data must be an iterable of batches, not a {type(data).__name__}: a DataLoader, or [batch] for one"
+        )
+    left = limit
+    for raw in data:
+        if left == 0:
+            return
+        batch = as_batch(_moved(raw, device))
+        batch = batch if left is None else batch.first(left)
+        left = None if left is None else left - batch.size
+        if batch.size:
+            yield batch
+
+
+def as_batch(raw: Any) -> Batch:
+    """One batch taken apart; UsageError for what is none."""
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    labels = None
+    if isinstance(raw, Mapping):
+        kwargs = {str(k): v for k, v in raw.items()}
+        labels = kwargs.pop("labels", None)
+    elif isinstance(raw, Tensor):
+        args = (raw,)
+    elif isinstance(raw, Sequence) and not isinstance(raw, str | bytes) and len(raw):
+        args, labels = (tuple(raw[:-1]), raw[-1]) if len(raw) > 1 else ((raw[0],), None)
+    else:
+        raise UsageError(
+            f"a batch must be a tensor, a tuple or a mapping of tensors, not a {type(raw).__name__}"
+        )
+    sizes = [len(v) for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()]
+    if not sizes:
+        raise UsageError("a batch must hold a tensor with the examples along its first axis")
+    if labels is not None and not isinstance(labels, Tensor):
+        raise UsageError(f"labels must be a tensor, not a {type(labels).__name__}")
+    return Batch(args, kwargs, labels, raw, sizes[0])
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    plain = dict(value) if isinstance(value, Mapping) else value
+    return pytree.tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, plain)
+
+
+def outputs_of(module: nn.Module, batch: Batch, forward: Forward | None) -> Any:
+    """What the module makes of a batch: by `forward(module, batch as given)`, or by calling it with the inputs."""
+    if forward is not None:
+        return forward(module, batch.raw)
+    return module(*batch.args, **batch.kwargs)
+
+
+def logits_of(outputs: Any, check: bool = True) -> Tensor:
+    """The logits among the outputs: a tensor, `.logits`, `["logits"]`, or the first of a tuple.
+
+    `check` refuses values that are not finite (which torch.func cannot ask about).
+    """
+    found = outputs
+    if not isinstance(found, Tensor):
+        found = getattr(outputs, "logits", None)
+        if found is None and isinstance(outputs, Mapping):
+            found = outputs.get("logits")
+        if found is None and isinstance(outputs, tuple | list) and outputs:
+            found = outputs[0]
+    if not isinstance(found, Tensor) or found.dim() < 2 or not found.is_floating_point():
+        raise UsageError(
+            "the model's output has no logits [examples, …, classes]: pass forward=lambda model, batch: …, "
+            "which gives them"
+        )
+    if check and not bool(found.detach().isfinite().all()):
+        raise DataError("the model's logits have NaN or infinite values for these data")
+    return found
