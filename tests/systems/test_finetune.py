@@ -11,13 +11,13 @@ import torch
 from attentive import pretrained_rownet
 from lab import UPRIGHT, Data
 from torch import Tensor, nn
-from weft.statistics import measure
 
 import weft
 from weft.checkpoints.base import Checkpoint
 from weft.demo.network import DigitNet
 from weft.demo.tasks import TASKS, examples
 from weft.demo.train import joined
+from weft.statistics import measure
 from weft.systems.continual import ita_iel
 from weft.systems.linearised import l_lora, linear_layers_only, taft, tangent_task_arithmetic
 from weft.train import load_linearised

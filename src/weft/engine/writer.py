@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,9 +113,11 @@ class PlacedFiles:
     ) -> None:
         self.folder, self.layout = folder, layout
         self._fds: dict[str, int] = {}
+        self._turns: dict[str, threading.Lock] = {}
         try:
             for file in layout.sizes if files is None else files:
                 self._fds[file] = self._open(file, create)
+                self._turns[file] = threading.Lock()
         except BaseException:
             self.close()
             raise
@@ -146,8 +149,11 @@ class PlacedFiles:
         """Write elements from flat position `start` on."""
         place = self.layout.places[name]
         path = self.folder / place.file
+        data = raw_bytes(values)
         try:
-            write_at(self._fds[place.file], raw_bytes(values), place.offset + start * values.dtype.itemsize)
+            # one at a time: the system lets one writer into a file, and the others would spin at its door
+            with self._turns[place.file]:
+                write_at(self._fds[place.file], data, place.offset + start * values.dtype.itemsize)
         except OSError as error:
             raise disk_error(error, path, self.layout.sizes[place.file]) from None
 
