@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
+from weft.checkpoints.trail import TRAIL
 from weft.errors import DataError, UnsafeFile
 
 _CALL = 1 << 30  # Linux moves at most 2 GiB a call
@@ -73,6 +74,9 @@ class LocalSource(ByteSource):
             raise UnsafeFile("not-regular", f"{self.name} is not a regular file; pass a file")
         self.size = status.st_size
         self._version = (status.st_size, status.st_mtime_ns)
+        file = (status.st_dev, status.st_ino)
+        TRAIL.opened(file, self.size)
+        weakref.finalize(self, TRAIL.closed, file)
         self._seeking = threading.Lock()
 
     @property
@@ -93,6 +97,12 @@ class LocalSource(ByteSource):
         status = os.fstat(self._fd)
         if (status.st_size, status.st_mtime_ns) != self._version:
             raise self._changed()
+        TRAIL.read(self, offset, done)
+
+    def forget(self, offset: int, length: int) -> None:
+        """Let the system take a range out of the page cache."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
 
     def prefetch(self, offset: int, length: int) -> None:
         if hasattr(os, "posix_fadvise") and length > 0:
