@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from weft.analysis.analyze import analyze
     from weft.api import load, materialize, merge, save
     from weft.checkpoints.base import Checkpoint
+    from weft.deltas.family import pack_family
+    from weft.deltas.pack import pack_delta
     from weft.errors import DataError, UsageError, WeftError
     from weft.llm.moe.build import build_moe
     from weft.llm.moe.match import match_experts
@@ -40,6 +42,7 @@ _API = {"load": "weft.api", "merge": "weft.api", "save": "weft.api", "materializ
         "resize_lora": "weft.adapters.resize", "build_moe": "weft.llm.moe.build",
         "match_experts": "weft.llm.moe.match", "reduce_experts": "weft.llm.moe.reduce",
         "share_vocabulary": "weft.llm.tokens.share", "transplant": "weft.llm.tokens.transplant",
+        "pack_delta": "weft.deltas.pack", "pack_family": "weft.deltas.family",
         "layers": "weft.llm.slices", "stacked": "weft.llm.slices", "shuffled": "weft.llm.shuffle",
         "analyze": "weft.analysis.analyze", "upscaled": "weft.llm.upscale", "expanded": "weft.llm.upscale",
         "finetune": "weft.train.loop",
@@ -64,6 +67,8 @@ __all__ = [
     "materialize",
     "merge",
     "merge_adapters",
+    "pack_delta",
+    "pack_family",
     "reduce_experts",
     "resize_lora",
     "save",

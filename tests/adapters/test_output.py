@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_inputs import LLAMA, Moe, image_base, image_file
+from test_adapter_inputs import LLAMA, Moe, image_base, image_file
 
 import weft
 from weft.adapters.extract import extract_lora

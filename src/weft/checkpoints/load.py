@@ -22,6 +22,7 @@ from weft.checkpoints.sources import ByteSource, LocalSource
 from weft.errors import DataError, UsageError, did_you_mean
 
 ADAPTER_CONFIG = "adapter_config.json"
+DELTA_CONFIG, DELTA_WEIGHTS = "weft_delta.json", "delta.safetensors"
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 _PREFERRED = (
@@ -40,7 +41,8 @@ PROBED = (
     CONFIG, ADAPTER_CONFIG, "adapter_model.safetensors", "generation_config.json", "tokenizer.json",
     "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "preprocessor_config.json",
-    "processor_config.json", *(name for names in _PREFERRED for name in names if "*" not in name),
+    "processor_config.json", DELTA_CONFIG, DELTA_WEIGHTS,
+    *(name for names in _PREFERRED for name in names if "*" not in name),
 )  # fmt: skip
 """What is asked for, name by name, where a server cannot list a folder."""
 
@@ -48,7 +50,7 @@ PROBED = (
 def load(source: object, *, base: object = None, limits: Limits = DEFAULT_LIMITS) -> Checkpoint:
     """A checkpoint from a path, Hub id, URL, `Ref`, module, state dict, tensor or checkpoint.
 
-    `base` is the model an adapter folder belongs to, where its own config does not say or says wrongly.
+    `base` is the model an adapter (or delta) folder belongs to, where its own config does not say or says wrongly.
     Raises UsageError where nothing is meant by `source`, DataError where it cannot be read.
     """
     if isinstance(source, Path):
@@ -129,8 +131,14 @@ def load_folder(folder: Folder, *, base: object = None, limits: Limits = DEFAULT
         from weft.checkpoints.adapters import adapted_folder
 
         return adapted_folder(folder, base=base, limits=limits)
+    if DELTA_CONFIG in names and whole.isdisjoint(names):
+        from weft.deltas.opening import open_delta  # a room below, for these folders alone
+
+        return open_delta(folder, base=base, limits=limits)
     if base is not None:
-        raise UsageError(f"base= belongs to an adapter folder, but {folder.name} has no {ADAPTER_CONFIG}")
+        raise UsageError(
+            f"base= belongs to an adapter folder, but {folder.name} has no {ADAPTER_CONFIG} or {DELTA_CONFIG}"
+        )
     chosen = _choose(folder, names)
     if chosen.endswith(_INDEX_SUFFIXES):
         weights: Checkpoint = _load_index(folder, chosen, limits)

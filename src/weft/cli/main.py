@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from weft.cli.analyze import app as analyze_app
+from weft.cli.delta import app as delta_app
 from weft.cli.export import app as export_app
 from weft.cli.lora import app as lora_app
 from weft.cli.moe import app as moe_app
@@ -261,6 +262,7 @@ app.add_typer(tokens_app)
 app.add_typer(lora_app)
 app.add_typer(moe_app)
 app.add_typer(export_app)
+app.add_typer(delta_app)
 
 
 def main() -> None:
