@@ -145,6 +145,13 @@ def test_a_pack_that_names_a_web_address_fetches_nothing(packs: Path, tmp_path: 
         weft.load(forged(packs, "sign", tmp_path / "f", change))
 
 
+@pytest.mark.parametrize("ref", ["a" * 5000, "a/" * 3000, "~nobody/model", "x\0y", "/nowhere/at/all"])
+def test_a_pack_that_names_no_path_is_one_clear_error(packs: Path, tmp_path: Path, ref: str) -> None:
+    with pytest.raises(weft.UsageError) as caught:
+        weft.load(forged(packs, "sign", tmp_path / "f", lambda d: d["base"].update(ref=ref)))
+    assert len(str(caught.value)) < 600
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),

@@ -60,6 +60,24 @@ def test_family(places: Path) -> None:
     assert weft.load(places / "f" / "ft2").origin.endswith("ft2")
 
 
+def test_a_recipe_names_packs_like_models(places: Path) -> None:
+    for i in (1, 2):
+        run(
+            "pack", places / f"ft{i}", places / "base", places / f"pack{i}", "--scheme", "exact", "--no-check"
+        )
+    for what in ("ft", "pack"):
+        recipe = places / f"{what}.yaml"
+        recipe.write_text(
+            f"method: ties\nbase: {places}/base\nparameters: {{density: 0.5}}\n"
+            f"models: [{places}/{what}1, {places}/{what}2]\n"
+        )
+        merged = [sys.executable, "-m", "weft.cli.main", "merge", str(recipe), str(places / f"m-{what}")]
+        assert subprocess.run(merged, timeout=120).returncode == 0
+    plain, packed = (weft.load(places / f"m-{what}") for what in ("ft", "pack"))
+    assert plain.tensors == packed.tensors
+    assert all(torch.equal(plain.tensor(n), packed.tensor(n)) for n in plain)
+
+
 def test_mistakes_are_one_line_each(places: Path) -> None:
     assert "is no delta" in run("apply", places / "ft1", places / "x", fails=2)
     assert "a delta is a folder" in run("pack", places / "ft1", places / "base", "x.safetensors", fails=2)

@@ -187,3 +187,15 @@ def test_auto_keeps_to_its_bound_and_is_no_larger_than_what_keeps_to_it(tmp_path
     exact = packed(model, base, tmp_path / "exact", scheme="exact")
     assert size <= (tmp_path / "exact" / "delta.safetensors").stat().st_size + 64
     assert torch.equal(exact.tensor(W), model[W])
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6])
+def test_auto_takes_the_fewest_bits_that_keep_to_the_bound(tmp_path: Path, bits: int) -> None:
+    base, model = base_model(), tuned(base_model())
+    known = lost(packed(model, base, tmp_path / "q", scheme="quantised", bits=bits), model, base, W)
+    for error, most in ((1.001 * known, known), (0.999 * known, 0.999 * known)):
+        delta = packed(model, base, tmp_path / f"{error}", error=error)
+        assert lost(delta, model, base, W) <= most * (1 + 1e-6)
+        scheme = delta.document.tensors[W].scheme
+        if error > known and scheme.kind == "quantised":
+            assert scheme.bits == bits  # type: ignore[attr-defined]

@@ -157,21 +157,22 @@ def cheapest(pair: Pair, way: Way) -> Encoder:
     if bound == 0 or (isinstance(exact.scheme, Exact) and not exact.scheme.bits and not exact.scheme.count):
         return exact
     limit = stored_bytes(exact)
-    tried = sorted(_candidates(pair, way, bound, limit), key=stored_bytes)
+    profile = Profile.of(pair)
+    tried = sorted(_candidates(pair, way, profile, bound, limit), key=stored_bytes)
     for made in tried:
         if stored_bytes(made) >= limit:
             break
         made.prepare()
-        error = measured(pair, made)
+        kept = within(pair, made, bound**2 * profile.squares)
         made.forget()
-        if error <= bound:
+        if kept:
             return made
     return exact
 
 
-def _candidates(pair: Pair, way: Way, bound: float, limit: int) -> Iterator[Encoder]:
+def _candidates(pair: Pair, way: Way, profile: Profile, bound: float, limit: int) -> Iterator[Encoder]:
     """Schemes that may do, as far as a pass over τ and a sketch of it can tell."""
-    profile, dtype, info = Profile.of(pair), way.dtype or torch.bfloat16, pair.info
+    dtype, info = way.dtype or torch.bfloat16, pair.info
     if profile.sign_error <= bound:
         yield SignEncoder(pair, Sign(info.numel))
     size = group_size(way.group or _GROUP, info)
@@ -203,12 +204,13 @@ def _enough(pair: Pair, most: int, bound: float, seed: int) -> int | None:
     return found
 
 
-def measured(pair: Pair, encoder: Encoder) -> float:
-    """‖θ̂ − θ‖ / ‖θ − θ0‖ with θ̂ as it would be read back and saved."""
-    error, whole = 0.0, 0.0
+def within(pair: Pair, encoder: Encoder, most: float) -> bool:
+    """Whether ‖θ̂ − θ‖² ≤ `most`, with θ̂ as it would be read back and saved. Stops where it is more."""
+    error = 0.0
     for a, b in pair.cuts():
         decoded = encoder.scheme.decode(encoder.encode, pair.before, pair.info, a, b)
         after = pair.after(a, b)
         error += float((round_to(decoded, pair.info.dtype).double() - after.double()).square().sum())
-        whole += float(pair.delta(a, b).square().sum())
-    return sqrt(error / whole) if whole else 0.0
+        if not error <= most:
+            return False
+    return True

@@ -100,7 +100,7 @@ class Exact:
 
     def working_bytes(self, info: TensorInfo, count: int) -> int:
         wide = min(count + 2 * BLOCK, info.numel)
-        return (48 + 2 * self.bits) * count + (24 * wide if self.count else 0)
+        return (64 + 2 * self.bits) * count + (24 * wide if self.count else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +113,15 @@ class Counted:
 
     @classmethod
     def of(cls, pair: Pair) -> Counted:
-        found = [torch.zeros(0, _NEVER + 1, dtype=torch.int64)]
+        # one block for all: small ones would lie scattered over the memory that batches leave
+        table = torch.zeros(block_count(pair.info.numel), _NEVER + 1, dtype=torch.int64)
         for a, b in pair.cuts(BLOCK):
             need = widths(_steps(pair, a, b))
             block = torch.arange(len(need)) // BLOCK
             blocks = block_count(len(need))
-            table = torch.bincount(block * (_NEVER + 1) + need, minlength=blocks * (_NEVER + 1))
-            found.append(table.reshape(blocks, -1))
-        return cls(torch.cat(found), pair.info.numel, pair.info.dtype.itemsize)
+            counts = torch.bincount(block * (_NEVER + 1) + need, minlength=blocks * (_NEVER + 1))
+            table[a // BLOCK : a // BLOCK + blocks] = counts.reshape(blocks, -1)
+        return cls(table, pair.info.numel, pair.info.dtype.itemsize)
 
     @property
     def changed(self) -> int:

@@ -60,18 +60,22 @@ def extremes(pair: Pair, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _reduced(pair: Pair, size: int, rows: _Reduce, piece: _Reduce, join: _Reduce) -> Tensor:
-    """`rows` maps [m, size] to [m, …]. A group longer than a batch goes in pieces, `[t, …]` each, then `join`."""
+    """`rows` maps [m, size] to [m, …]. A longer group than a batch goes in pieces, joined from […, t]."""
     numel, found = pair.info.numel, []
     if size <= BATCH:
+        table = torch.empty(0)
         for a, b in pair.cuts(size):
             tau = pair.delta(a, b)
-            found.append(rows(pad(tau, (0, -len(tau) % size)).reshape(-1, size)))
-        return torch.cat(found)
+            part = rows(pad(tau, (0, -len(tau) % size)).reshape(-1, size))
+            if a == 0:  # one block for all: small ones would lie scattered over the memory that batches leave
+                table = part.new_empty(group_count(numel, size), *part.shape[1:])
+            table[a // size : a // size + len(part)] = part
+        return table
     step = max(BATCH, size) if pair.grain > BATCH else BATCH
     for low in range(0, numel, size):
         high = min(low + size, numel)
         pieces = [piece(pair.delta(a, min(a + step, high))) for a in range(low, high, step)]
-        found.append(join(torch.cat(pieces).T))
+        found.append(join(torch.cat(pieces).movedim(0, -1)))
     return torch.stack(found)
 
 

@@ -7,13 +7,14 @@ model is not hashed to open a small delta. What is sampled tells fine-tunes and 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
 from weft.checkpoints.base import Checkpoint
 from weft.checkpoints.dtypes import dtype_name, is_mergeable
 from weft.deltas.format import BaseRecord
+from weft.deltas.node import Delta
 from weft.deltas.pair import read_any
 from weft.engine.writer import raw_bytes
 from weft.errors import DataError
@@ -33,17 +34,33 @@ def signature(base: Checkpoint) -> str:
 
 
 def sample(base: Checkpoint) -> str | None:
-    """sha256 over the middle 1024 values of each of 32 tensors; None where they are computed or far away."""
-    if base.inputs or any("://" in f.path for f in base.files):
+    """sha256 over the middle 1024 values of each of 32 tensors; None where they are computed or far away.
+
+    Of a base that is a delta, its own base's and that of its stored parts, which say the same on any machine.
+    """
+    if isinstance(base, Delta):
+        below = sample(base.base)
+        if below is None or _computed(base.parts):
+            return None
+        told = f"{below} {signature(base.parts)} {_digest(base.parts, list(base.parts))}"
+        return hashlib.sha256(told.encode()).hexdigest()
+    if _computed(base):
         return None
+    return _digest(base, [n for n, i in base.tensors.items() if is_mergeable(i.dtype)])
+
+
+def _computed(base: Checkpoint) -> bool:
+    return bool(base.inputs) or any("://" in f.path for f in base.files)
+
+
+def _digest(base: Checkpoint, names: Sequence[str]) -> str:
     digest = hashlib.sha256()
-    for values in _sampled(base):
+    for values in _sampled(base, sorted(n for n in names if base.info(n).numel)):
         digest.update(raw_bytes(values))
     return digest.hexdigest()
 
 
-def _sampled(base: Checkpoint) -> Iterator[Tensor]:
-    names = sorted(n for n, i in base.tensors.items() if is_mergeable(i.dtype) and i.numel)
+def _sampled(base: Checkpoint, names: Sequence[str]) -> Iterator[Tensor]:
     for i in range(min(_TENSORS, len(names))):
         name = names[i * len(names) // min(_TENSORS, len(names))]
         info = base.info(name)

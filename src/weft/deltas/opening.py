@@ -65,8 +65,15 @@ def _named_base(folder: Folder, recorded: BaseRecord) -> Ref:
             f"{folder.name} names the base {shown(recorded.ref)}; pass it as base= if you trust it"
         )
     for start in [folder.path, Path()] if isinstance(folder, LocalFolder) else []:
-        if (start / ref.path).exists() and ref.revision is None:
+        if ref.revision is None and _exists(start / ref.path):
             return Ref(str(start / ref.path), lora=ref.lora)
     if ref.kind is Kind.LOCAL:
         raise UsageError(f"{folder.name} names the base {shown(recorded.ref)}, which is not here; pass base=")
     return ref
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # too long for a path
+        return False

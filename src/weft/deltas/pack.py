@@ -49,7 +49,7 @@ def pack_delta(model: object, base: object, *, base_ref: str | None = None, **se
         removed=tuple(n for n in theirs if n not in ours),
         dropped_files=tuple(a.name for a in theirs.assets if a.name not in {b.name for b in ours.assets}),
     )
-    return Packed(ours, theirs, encoders, document, _Assets(ours, theirs))
+    return Packed(ours, theirs, encoders, document, way, _Assets(ours, theirs))
 
 
 def _name(base: object) -> str | None:

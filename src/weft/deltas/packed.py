@@ -17,6 +17,7 @@ from weft.checkpoints.execution import executing, execution, map_here
 from weft.checkpoints.ranges import element_range
 from weft.deltas.format import DELTA_FILE, Document
 from weft.deltas.scheme import Encoder
+from weft.deltas.ways import Way
 from weft.errors import UsageError
 
 
@@ -31,9 +32,10 @@ class Packed(Checkpoint):
         base: Checkpoint,
         encoders: Mapping[str, Encoder],
         document: Document,
+        way: Way,
         assets: Callable[[], tuple[Asset, ...]] = tuple,
     ) -> None:
-        self.model, self.base, self.document = model, base, document
+        self.model, self.base, self.document, self.way = model, base, document, way
         self.origin = f"delta of {model.origin} from {base.origin}"
         self._encoders, self._assets = dict(encoders), assets
         self._homes: dict[str, tuple[str, str]] = {}
@@ -72,8 +74,9 @@ class Packed(Checkpoint):
         return (asset(DELTA_FILE, self.document.to_json()), *self._assets())
 
     def identity(self) -> str | None:
+        # two ways may have one document: a sketch and the exact factors of one rank must not meet in a file
         inner = super().identity()
-        return inner and f"{self.document.to_json().decode()}{inner}"
+        return inner and f"{self.way}{self.document.to_json().decode()}{inner}"
 
     def ready(self, name: str) -> None:
         """The first pass of a tensor, once for all its parts."""

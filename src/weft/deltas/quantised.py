@@ -51,7 +51,7 @@ class Quantised:
         return values
 
     def working_bytes(self, info: TensorInfo, count: int) -> int:
-        return (80 + 2 * self.bits) * count
+        return (96 + 2 * self.bits) * count
 
 
 class QuantisedEncoder(Encoder):

@@ -113,12 +113,13 @@ def kth_magnitude(pair: Pair, k: int) -> float:
 
 def _counts(pair: Pair, threshold: float) -> tuple[Tensor, Tensor]:
     """Entries above and at the threshold, by block."""
-    above, equal = [], []
+    above, equal = torch.zeros(2, block_count(pair.info.numel), dtype=torch.int64)
     for a, b in pair.cuts(BLOCK):
         magnitude = compared(pair.delta(a, b))
-        above.append(positions_of(magnitude > threshold))
-        equal.append(positions_of(magnitude == threshold))
-    return torch.cat(above), torch.cat(equal)
+        blocks = slice(a // BLOCK, a // BLOCK + block_count(b - a))
+        above[blocks] = positions_of(magnitude > threshold)
+        equal[blocks] = positions_of(magnitude == threshold)
+    return above, equal
 
 
 class SparseEncoder(Encoder):
