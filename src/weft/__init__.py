@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from weft.llm.tokens.transplant import transplant
     from weft.llm.upscale import expanded, upscaled
     from weft.recipes.build import build
+    from weft.statistics.measure import measure
     from weft.train.loop import finetune
 
 _API = {"load": "weft.api", "merge": "weft.api", "save": "weft.api", "materialize": "weft.api",
@@ -45,7 +46,7 @@ _API = {"load": "weft.api", "merge": "weft.api", "save": "weft.api", "materializ
         "pack_delta": "weft.deltas.pack", "pack_family": "weft.deltas.family",
         "layers": "weft.llm.slices", "stacked": "weft.llm.slices", "shuffled": "weft.llm.shuffle",
         "analyze": "weft.analysis.analyze", "upscaled": "weft.llm.upscale", "expanded": "weft.llm.upscale",
-        "finetune": "weft.train.loop",
+        "finetune": "weft.train.loop", "measure": "weft.statistics.measure",
         "WeftError": "weft.errors", "DataError": "weft.errors", "UsageError": "weft.errors"}  # fmt: skip
 
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
     "load",
     "match_experts",
     "materialize",
+    "measure",
     "merge",
     "merge_adapters",
     "pack_delta",

@@ -8,22 +8,29 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_up import made_up
 
 from weft.errors import UsageError
 from weft.methods.registry import METHODS, Method
 from weft.methods.step import At
 
-NEEDS = {"tall_masks": {"task": 0}, "nearswap": {"t": 0.3}}
+NEEDS = {"tall_masks": {"task": 0}, "tsv_c": {"task": 0}, "nearswap": {"t": 0.3}}
 """Parameters without a default."""
 RANDOM = {"dare", "dare_ties", "della", "della_linear"}
 SYMMETRIC = {"linear", "task_arithmetic", "ties", "magnitude", "breadcrumbs", "breadcrumbs_ties", "karcher",
              "multislerp", "nuslerp", "model_stock", "consensus", "emr", "pcb", "lines", "sce", "ram",
-             "ram_plus", "magmax"}  # fmt: skip
+             "ram_plus", "magmax", "fisher", "fisher_nodes", "ubgm", "mats", "aim", "tsv",
+             "iso_c", "iso_cts", "dc_merge", "star", "cart", "knots", "core_space", "esm", "svc",
+             "subspace_boosting"}  # fmt: skip
+SPECTRAL = {"tsv", "tsv_c", "iso_c", "iso_cts", "dc_merge", "star", "knots", "core_space", "esm",
+            "subspace_boosting"}  # fmt: skip
+"""Methods that change singular values and keep directions, not signs of entries; see test_spectral.py."""
 # an absolute size in the formula
 NOT_HOMOGENEOUS = {"ram": {"epsilon": 0.0}, "ram_plus": {"epsilon": 0.0}, "nearswap": None,
                    "arcee_fusion": {"importance": "magnitude"}}  # fmt: skip
 SMOOTH = {"linear", "task_arithmetic", "expo", "wise_ft", "passthrough", "slerp", "nuslerp", "karcher",
-          "multislerp", "model_stock", "lines"}  # fmt: skip
+          "multislerp", "model_stock", "lines", "fisher", "fisher_nodes", "ubgm", "mats",
+          "aim"}  # fmt: skip
 AT = At(name="layers.1.w", seed=7, layer=1, layers=3)
 
 
@@ -36,8 +43,13 @@ def stack_for(m: Method, shape=(4, 20), k: int = 3, seed: int = 0, dtype=torch.f
     return (x + 0.5 * common).float().to(dtype)  # values that float32 holds
 
 
-def call(m: Method, x, base=None, **params):
-    return m(x, base=base, at=AT, **NEEDS.get(m.name, {}), **params)
+def call(m: Method, x, base=None, flipped=False, **params):
+    stack = x if isinstance(x, torch.Tensor) else torch.stack(list(x))
+    known = made_up(m.needs, stack)
+    if flipped:  # the models' statistics go with them
+        own = {n.source for n in m.needs if not n.of_base}
+        known = {s: v.flip(0) if s in own and v is not None else v for s, v in known.items()}
+    return m(x, base=base, at=AT, statistics=known, **NEEDS.get(m.name, {}), **params)
 
 
 SHAPES = [(), (1,), (7,), (0,), (0, 5), (5, 0), (1, 1), (5, 1), (3, 4, 20), (2, 3, 3, 3)]
@@ -50,6 +62,9 @@ RETURNS_ONE = {
     "tall_masks",
     "passthrough",
     "sce",
+    "fisher",
+    "fisher_nodes",
+    "ubgm",
 }
 methods = pytest.mark.parametrize("m", METHODS.values(), ids=list(METHODS))
 
@@ -121,9 +136,20 @@ def test_identical_models(m):
     one = stack_for(m)[0]
     x = one.expand(len(stack_for(m)), *one.shape)
     y = call(m, x)
-    if m.name in {"linear", "slerp", "nuslerp", "karcher", "multislerp", "model_stock", "ram", "sce"}:
+    if m.name in {
+        "linear",
+        "slerp",
+        "nuslerp",
+        "karcher",
+        "multislerp",
+        "model_stock",
+        "ram",
+        "sce",
+        "fisher",
+        "fisher_nodes",
+    }:
         torch.testing.assert_close(y, one, rtol=1e-12, atol=1e-12)
-    if m.name not in RANDOM:
+    if m.name not in RANDOM | SPECTRAL:
         ratio = y / one
         assert bool(((y == 0) | (ratio > 0)).all())
 
@@ -133,11 +159,11 @@ def test_permuted_models(m):
     if m.name not in SYMMETRIC:
         pytest.skip("models have roles")
     x = stack_for(m)
-    torch.testing.assert_close(call(m, x.flip(0)), call(m, x), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(call(m, x.flip(0), flipped=True), call(m, x), rtol=1e-9, atol=1e-12)
     if "weight" in m.params:
         w = [1.0, 2.0, 0.5][: len(x)]
         torch.testing.assert_close(
-            call(m, x.flip(0), weight=w[::-1]), call(m, x, weight=w), rtol=1e-9, atol=1e-12
+            call(m, x.flip(0), flipped=True, weight=w[::-1]), call(m, x, weight=w), rtol=1e-9, atol=1e-12
         )
 
 
@@ -257,7 +283,7 @@ def test_gradcheck(m):
 
 def test_every_method_is_classified():
     """A new method says which laws it keeps."""
-    listed = SYMMETRIC | RANDOM | {"slerp", "expo", "wise_ft", "passthrough", "tall_masks", "nearswap",
+    listed = SYMMETRIC | RANDOM | SPECTRAL | {"slerp", "expo", "wise_ft", "passthrough", "tall_masks", "nearswap",
                                    "arcee_fusion"}  # fmt: skip
     assert set(METHODS) == listed
 

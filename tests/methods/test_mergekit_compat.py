@@ -127,7 +127,22 @@ def test_karcher_stops_early():
     assert 0 < error < 1e-5
 
 
+def test_arcee_fusion_takes_the_lower_of_two_neighbours():
+    def log_softmax(v):
+        return v - v.max(1, keepdims=True) - np.log(np.exp(v - v.max(1, keepdims=True)).sum(1, keepdims=True))
+
+    tuned = BASE + D[0]
+    p, q = log_softmax(tuned), log_softmax(BASE)
+    score = np.abs(D[0]) * (np.exp(p) * (p - q)).sum(1, keepdims=True)
+    low, middle, high = np.quantile(score, [0.25, 0.5, 0.75], method="lower")
+    kept = np.where(score >= middle + 1.5 * (high - low), D[0], 0)
+    x, base = torch.from_numpy(tuned)[None], torch.from_numpy(BASE)
+    theirs = METHODS["arcee_fusion"].compat["mergekit"]
+    got = METHODS["arcee_fusion"](x, base=base, **theirs).numpy()
+    np.testing.assert_allclose(got, BASE + kept, atol=1e-12)
+
+
 def test_compat_is_declared_where_mergekit_differs():
     differ = {"ties", "dare", "dare_ties", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties", "sce",
-              "ram_plus", "model_stock", "slerp", "multislerp", "karcher"}  # fmt: skip
+              "ram_plus", "model_stock", "slerp", "multislerp", "karcher", "arcee_fusion"}  # fmt: skip
     assert {n for n in METHODS if "mergekit" in METHODS[n].compat} == differ

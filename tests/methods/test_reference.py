@@ -7,6 +7,9 @@ import hashlib
 import numpy as np
 import pytest
 import torch
+from made_up import made_up
+from measured_cases import MEASURED
+from spectral_cases import SPECTRAL
 
 from weft.methods.registry import METHODS
 from weft.methods.step import At
@@ -228,6 +231,8 @@ CASES = [
     ("slerp", {"t": 0.3, "row_wise": True}, lambda x: cols(lambda y: ref_slerp(y[0], y[1], 0.3), x)),
     ("nuslerp", {"weight": [3.0, 1.0]}, lambda x: ref_slerp(x[0], x[1], 0.25)),
     ("nuslerp", {"row_wise": True}, lambda x: cols(lambda y: ref_slerp(y[0], y[1], 0.5), x)),
+    ("nuslerp", {"column_wise": True},
+     lambda x: cols(lambda y: ref_slerp(y[0], y[1], 0.5), x.swapaxes(1, 2)).T),
     ("karcher", {"weight": [0.7, 0.2, 1.1]}, lambda x: ref_karcher(x, [0.7, 0.2, 1.1])),
     ("karcher", {"max_iter": 2}, lambda x: ref_karcher(x, [1, 1, 1], 2)),
     ("karcher", {"tol": 10.0}, lambda x: ref_karcher(x, [1, 1, 1], 0)),
@@ -261,6 +266,8 @@ CASES = [
     ("ram_plus", {"epsilon": 1.0}, lambda x: ref_ram(x, 1.0, 0.1, 0.2)),
     ("ram_plus", {"epsilon": 1.0, "r": 0.5, "alpha": 3.0}, lambda x: ref_ram(x, 1.0, 0.5, 3.0)),
     ("nearswap", {"t": 0.5}, lambda x: np.minimum(0.5 / np.abs(x[0]), 1) * x[0]),
+    *SPECTRAL,
+    *MEASURED,
 ]  # fmt: skip
 
 
@@ -272,10 +279,15 @@ def models(name, seed=0):
     return x.astype(np.float32).astype(np.float64)
 
 
+def known(name, x):
+    """What a method that takes statistics gets of them."""
+    return made_up(METHODS[name].needs, torch.as_tensor(x))
+
+
 @pytest.mark.parametrize("name, params, reference", CASES, ids=[f"{c[0]}-{i}" for i, c in enumerate(CASES)])
 def test_reference(name, params, reference):
     x = models(name)
-    got = METHODS[name](torch.from_numpy(x), at=AT, **params)
+    got = METHODS[name](torch.from_numpy(x), at=AT, statistics=known(name, x), **params)
     np.testing.assert_allclose(got.numpy(), reference(x), rtol=1e-6, atol=1e-9)
 
 
@@ -298,6 +310,9 @@ ELSEWHERE = {
     "scope": "test_streaming.py::test_scope",
     "tie": "test_laws.py::test_tie",
     "select_of": "test_laws.py::test_select_of",
+    "outside": "test_spectral.py::test_outside_the_blocks",
+    "clip": "test_spectral.py::test_rank_is_told_from_rounding",
+    "quartiles": "test_mergekit_compat.py::test_arcee_fusion_takes_the_lower_of_two_neighbours",
     "clamp": "test_regressions.py::test_model_stock_negative_cosine",
 }
 
@@ -316,5 +331,7 @@ def test_every_parameter_is_exercised(name):
             if declared[p].required or (name, p) == ("emr", "task"):
                 continue
             x, rest = torch.from_numpy(models(name)), {q: v for q, v in case[1].items() if q != p}
-            with_p = METHODS[name](x, at=AT, **case[1])
-            assert not torch.equal(with_p, METHODS[name](x, at=AT, **rest)), (p, value)
+            measured = known(name, x)
+            with_p = METHODS[name](x, at=AT, statistics=measured, **case[1])
+            without = METHODS[name](x, at=AT, statistics=measured, **rest)
+            assert not torch.equal(with_p, without), (p, value)

@@ -15,6 +15,7 @@ from weft.cli.analyze import app as analyze_app
 from weft.cli.delta import app as delta_app
 from weft.cli.export import app as export_app
 from weft.cli.lora import app as lora_app
+from weft.cli.measure import app as measure_app
 from weft.cli.moe import app as moe_app
 from weft.cli.tokens import app as tokens_app
 
@@ -258,6 +259,7 @@ def demo(
 
 
 app.add_typer(analyze_app)
+app.add_typer(measure_app)
 app.add_typer(tokens_app)
 app.add_typer(lora_app)
 app.add_typer(moe_app)

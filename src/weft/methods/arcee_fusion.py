@@ -7,7 +7,8 @@
 
 so that a change counts for its size and for how far its row's distribution has moved. A softmax of weights
 has no probabilistic meaning; with `importance="magnitude"` s is |τ| alone. Quantiles are exact, linearly
-interpolated between neighbouring entries; MergeKit estimates them on large tensors from an unseeded sample.
+interpolated between neighbouring entries, or with `quartiles="lower"` the lower of these. MergeKit takes the
+lower, and on large tensors estimates them from an unseeded sample.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ from weft.methods.registry import method
 from weft.methods.step import Pipeline, row_length, step
 
 Importance = Literal["divergence", "magnitude"]
+Quartiles = Literal["linear", "lower"]
 
 
-def quantile(values: Tensor, q: float) -> Tensor:
+def quantile(values: Tensor, q: float, between: Quartiles = "linear") -> Tensor:
     """Exact quantile of any number of values (torch.quantile takes at most 2²⁴)."""
     place = q * (values.numel() - 1)
     low = values.kthvalue(math.floor(place) + 1).values
+    if between == "lower":
+        return low
     high = values.kthvalue(math.ceil(place) + 1).values
     return low + (high - low) * (place - math.floor(place))
 
@@ -41,6 +45,7 @@ def keep_important(
     base: Tensor | None = None,
     factor: NonNegative = 1.5,
     importance: Importance = "divergence",
+    quartiles: Quartiles = "linear",
 ) -> Tensor:
     """Zero the changes whose importance is below median + factor · interquartile range."""
     out = []
@@ -56,12 +61,19 @@ def keep_important(
         if not flat.numel():
             out.append(score >= 0)
             continue
-        spread = quantile(flat, 0.75) - quantile(flat, 0.25)
-        out.append(score >= quantile(flat, 0.5) + factor * spread)
+        low, middle, high = (quantile(flat, q, quartiles) for q in (0.25, 0.5, 0.75))
+        out.append(score >= middle + factor * (high - low))
     return torch.where(torch.stack(out), x, 0.0)
 
 
-@method(space="deltas", models=(1, 1), paper="Goddard et al., MergeKit, arXiv:2403.13257 (arcee_fusion)")
-def arcee_fusion(*, factor: NonNegative = 1.5, importance: Importance = "divergence") -> Pipeline:
+@method(
+    space="deltas",
+    models=(1, 1),
+    paper="Goddard et al., MergeKit, arXiv:2403.13257 (arcee_fusion)",
+    compat={"mergekit": {"quartiles": "lower"}},
+)
+def arcee_fusion(
+    *, factor: NonNegative = 1.5, importance: Importance = "divergence", quartiles: Quartiles = "linear"
+) -> Pipeline:
     """Take over the most important changes of one model, leave the rest at the base."""
-    return keep_important(factor=factor, importance=importance) | weighted_sum()
+    return keep_important(factor=factor, importance=importance, quartiles=quartiles) | weighted_sum()

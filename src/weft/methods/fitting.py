@@ -96,15 +96,21 @@ def _misshapen(kind: str, got: tuple[int, ...], weight: tuple[int, ...], transpo
     if kind in ELEMENTWISE:
         return "" if got == weight else f"shape {list(got)}, but the weight has {list(weight)}"
     if kind == "node" and weight:
-        return "" if len(got) == 1 and got[0] and weight[0] % got[0] == 0 else (
-            f"shape {list(got)}, but the weight has {weight[0]} outputs")  # fmt: skip
-    if kind not in ("gram", "kfac_a"):
-        return ""
+        outputs = weight[-1] if transposed else weight[0]
+        return "" if len(got) == 1 and got[0] and outputs % got[0] == 0 else (
+            f"shape {list(got)}, but the weight has {outputs} outputs")  # fmt: skip
     if not weight or not got:
         return f"shape {list(got)} for a weight of shape {list(weight)}"
-    if len(got) == 1:
-        return "" if got[0] == weight[0] else f"{got[0]} rows, but the table has {weight[0]}"
-    blocks = got[0] if len(got) == 3 else 1
-    inputs = {weight[0]} if transposed else {prod(weight[1:]), weight[-1]}
-    fits = got[-1] == got[-2] and got[-1] * (blocks if transposed else 1) in inputs
-    return "" if fits else f"shape {list(got)}, which does not fit a weight of shape {list(weight)}"
+    ends = {weight[0], prod(weight[:2])} if len(weight) > 2 else {weight[0]}
+    misfit = f"shape {list(got)}, which does not fit a weight of shape {list(weight)}"
+    if kind in ("mean", "abs_mean", "gram", "kfac_a"):
+        matrix = kind in ("gram", "kfac_a") and len(got) > 1
+        if kind in ("gram", "kfac_a") and not matrix:
+            return "" if got[0] == weight[0] else f"{got[0]} rows, but the table has {weight[0]}"
+        blocks = prod(got[: -2 if matrix else -1])
+        fits = blocks * got[-1] in ends if transposed else got[-1] in {prod(weight[1:]), weight[-1]}
+        return "" if fits and (not matrix or got[-1] == got[-2]) else misfit
+    if kind == "kfac_g":
+        fits = got[-1] == weight[-1] if transposed else prod(got[:-2]) * got[-1] in ends
+        return "" if len(got) > 1 and got[-1] == got[-2] and fits else misfit
+    return ""

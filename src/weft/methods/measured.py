@@ -6,7 +6,7 @@ Statistics are checkpoints (see weft.statistics): a tensor `"{kind}/{name}"` say
 
 - `gram: Tensor [k, *shape of the statistic] | None`, the models' in order; None where no model has one;
 - `base_gram: Tensor [*shape of the statistic] | None` for a need named `"base_gram"`: the base's own;
-- `fisher_norm: Tensor [k]` for `"fisher_norm"`: the L2 norm of that kind over all tensors of the merge;
+- `fisher_norm: Tensor [k] | None` for `"fisher_norm"`: the L2 norm of that kind over all tensors of the merge;
 - `fisher_samples: Tensor [k] | None` for `"fisher_samples"`: how many examples it was measured on.
 
 With a question mark (`"base_gram?"`) it may be absent altogether. Kinds in `ELEMENTWISE` have the weight's shape
@@ -63,7 +63,8 @@ def at_hand(
             )
         value = given.get(need.source)
         if value is not None and need.norm:
-            value = value.double().flatten(0 if need.of_base else 1).norm(dim=-1)
+            wide = value.double()
+            value = wide.norm() if need.of_base else wide[..., None].flatten(1).norm(dim=1)
         elif value is not None and need.elementwise:
             value = value.reshape(view if need.of_base else (value.shape[0], *view))
         found[need.keyword] = value
@@ -165,13 +166,17 @@ class Measured:
         return sum(s.bytes_read(key) for s, key in self._read_of(merge, name))
 
     def working_bytes(self, merge: Merge, name: str, count: int) -> int:
-        """Memory they take while `count` elements are merged: each as it is stored, and in the stack."""
-        total = 0
+        """Memory they take while `count` elements are merged: each as it is stored, and in the stack.
+
+        Of what comes whole, one more and a sum of all in float64: steps widen them one by one.
+        """
+        total = widest = 0
         for source, key in self._read_of(merge, name):
             info, elementwise = source.info(key), key.partition("/")[0] in ELEMENTWISE
             n = count if elementwise else info.numel
             total += n * (16 if elementwise else 2 * info.dtype.itemsize) + source.working_bytes(key, n)
-        return total
+            widest = max(widest, 0 if elementwise else n)
+        return total + 16 * widest
 
     def keywords(
         self, merge: Merge, name: str, needs: Sequence[Need], start: int, stop: int, view: tuple[int, ...]
@@ -181,8 +186,10 @@ class Measured:
         sources = merge.part(name).sources
         for need in needs:
             if need.norm:
-                norms = self._norms[need.keyword]
-                found[need.keyword] = norms[0] if need.of_base and len(norms) else norms[list(sources)]
+                norms = self._norms[need.keyword]  # empty where the merge was given no such statistics
+                found[need.keyword] = (
+                    None if not len(norms) else norms[0] if need.of_base else norms[list(sources)]
+                )
                 continue
             if need.samples:
                 counts = [self._samples[i] for i in self.asked(need, sources)]

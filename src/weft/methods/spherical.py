@@ -16,7 +16,7 @@ mean of the tensors themselves is returned. Small angles need no exception: sin 
 
 MergeKit interpolates linearly where |cos φ| > 0.9995 (most fine-tunes of one base: `linear_above`); its
 multislerp sums projections instead of logarithms, which cancel exactly, and is our steps=0; its karcher has
-no weights; its nuslerp calls columns rows.
+no weights; its nuslerp calls columns rows (`column_wise` goes along them).
 """
 
 from __future__ import annotations
@@ -123,6 +123,14 @@ def turn_rows(x: Tensor, *, t: float = 0.5, linear_above: Fraction = 1.0) -> Ten
     return combination(x, slerp_coefficients(gram_of(x).cpu(), t, linear_above))
 
 
+@step(grain="tensor", reduces=True)
+def turn_columns(x: Tensor, *, t: float = 0.5, linear_above: Fraction = 1.0) -> Tensor:
+    """`turn`, every column by its own angle; a vector is one column. x: [2, …, rows, n] → [rows, n]."""
+    columns = x if x.ndim == 2 else x.mT
+    turned = combination(columns, slerp_coefficients(gram_of(columns).cpu(), t, linear_above))
+    return turned if x.ndim == 2 else turned.mT
+
+
 @step(stat=Gram(), reduces=True)
 def mean_direction(
     x: Tensor, *, gram: Tensor, weight: Weight = 1.0, max_iter: Count = 100, tol: NonNegative = 1e-9
@@ -159,12 +167,15 @@ def slerp(*, t: Fraction = 0.5, row_wise: bool = False, linear_above: Fraction =
 
 
 @method(space="weights", models=(2, 2), base="optional", paper="Goddard et al., MergeKit, arXiv:2403.13257")
-def nuslerp(*, weight: Weight = 1.0, row_wise: bool = False) -> Pipeline:
+def nuslerp(*, weight: Weight = 1.0, row_wise: bool = False, column_wise: bool = False) -> Pipeline:
     """Spherical interpolation of two models, or of their task vectors, by their weights."""
+    if row_wise and column_wise:
+        raise UsageError("row_wise and column_wise exclude each other")
     first, second = per_model(weight, 2)
     if first + second == 0:
         raise UsageError(f"weights {[first, second]} sum to zero: nuslerp goes to the second by its share")
-    return (turn_rows if row_wise else turn)(t=second / (first + second))
+    how = turn_rows if row_wise else turn_columns if column_wise else turn
+    return how(t=second / (first + second))
 
 
 @method(

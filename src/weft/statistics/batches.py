@@ -46,12 +46,18 @@ class Batch:
 
     def part(self, start: int, stop: int) -> Batch:
         """Examples [start, stop)."""
+        return self._of(lambda value: value[start:stop])
 
-        def cut(value: Any) -> Any:
+    def repeated(self, i: int, n: int) -> Batch:
+        """Example i, n times."""
+        return self._of(lambda value: value[i : i + 1].expand(n, *value.shape[1:]))
+
+    def _of(self, cut: Callable[[Tensor], Tensor]) -> Batch:
+        def one(value: Any) -> Any:
             held = isinstance(value, Tensor) and value.dim() > 0 and len(value) == self.size
-            return value[start:stop] if held else value
+            return cut(value) if held else value
 
-        return as_batch(pytree.tree_map(cut, self.raw))
+        return as_batch(pytree.tree_map(one, self.raw))
 
 
 def batches(data: Data, device: torch.device, limit: int | None = None) -> Iterator[Batch]:

@@ -43,18 +43,28 @@ class Examples:
         kinds = self.what - {"node"}
         self._sums = {(k, n): torch.zeros_like(p, dtype=torch.float64)
                       for k in kinds for n, p in self.parameters.items()}  # fmt: skip
-        self._sizes = _unit_sizes(self.parameters, units or {}) if "node" in what else {}
+        self._units = units or {}
+        self._turned: set[str] = set()
+        self._sizes: dict[str, int] = {}
+        self._nodes: dict[str, Tensor] = {}
+
+    def turned(self, names: set[str]) -> None:
+        """Lay out "node", before anything is added: units of the weights `names`, stored [in, out], are columns."""
+        self._turned = names
+        self._sizes = _unit_sizes(self.parameters, self._units, names) if "node" in self.what else {}
         self._nodes = {
             n: torch.zeros(
-                self.parameters[n].shape[0] // g, dtype=torch.float64, device=self.parameters[n].device
+                outputs(self.parameters[n], n in names) // g,
+                dtype=torch.float64,
+                device=self.parameters[n].device,
             )
             for n, g in self._sizes.items()
         }
 
     def add(self, gradients: Mapping[str, Tensor], weights: Tensor | None = None) -> None:
-        """Add gradients [n, *shape] of n examples; with `weights` [n] of terms of one example that weigh so."""
+        """Add gradients [n, *shape] of n examples; with `weights` [n] of terms that weigh so, not counted."""
         n = len(next(iter(gradients.values())))
-        self.count += n if weights is None else 1
+        self.count += n if weights is None else 0
         for name, every in gradients.items():
             if not bool(every.isfinite().all()):
                 raise DataError(
@@ -76,9 +86,9 @@ class Examples:
 
     def _mask_gradients(self, name: str, gradients: Mapping[str, Tensor], group: int) -> Tensor:
         """∂L/∂m of every unit of a layer, [n, units]: Σ θ g over its rows of the weight and its biases."""
-        n = len(gradients[name])
-        flat = gradients[name].double().reshape(n, self.parameters[name].shape[0], -1)
-        total = (flat * self.parameters[name].double().reshape(1, flat.shape[1], -1)).sum(-1)
+        n, turned = len(gradients[name]), name in self._turned
+        both = gradients[name].double() * self.parameters[name].detach().double()
+        total = both.flatten(1, -2).sum(1) if turned else both.flatten(2).sum(-1)
         bias = _bias(name)
         if bias in gradients and gradients[bias].shape[1:] == total.shape[1:]:
             total = total + gradients[bias].double() * self.parameters[bias].double()
@@ -91,7 +101,9 @@ class Examples:
         for name, total in self._nodes.items():
             found[f"node/{name}"] = total / n
             bias = _bias(name)
-            if bias in self.parameters and self.parameters[bias].shape[0] == self.parameters[name].shape[0]:
+            if bias in self.parameters and len(self.parameters[bias]) == outputs(
+                self.parameters[name], name in self._turned
+            ):
                 found[f"node/{bias}"] = total / n
         return found
 
@@ -100,15 +112,23 @@ def _bias(weight: str) -> str:
     return weight[: -len("weight")] + "bias" if weight.endswith("weight") else ""
 
 
-def _unit_sizes(parameters: Mapping[str, Tensor], units: Mapping[str, int]) -> dict[str, int]:
+def outputs(weight: Tensor, turned: bool) -> int:
+    """How many outputs a weight has, [out, …] or, turned, [in, out]."""
+    return weight.shape[-1] if turned else weight.shape[0]
+
+
+def _unit_sizes(
+    parameters: Mapping[str, Tensor], units: Mapping[str, int], turned: set[str]
+) -> dict[str, int]:
     """Rows of one unit, for every weight of two axes and more; 1 unless a pattern of `units` says otherwise."""
     sizes = {}
     for name, p in parameters.items():
         if p.dim() < 2:
             continue
         group = next((g for pattern, g in units.items() if fnmatch(name, pattern)), 1)
-        if group < 1 or p.shape[0] % group:
-            raise UsageError(f"units of {group} rows do not fit {name!r}, which has {p.shape[0]}")
+        rows = outputs(p, name in turned)
+        if group < 1 or rows % group:
+            raise UsageError(f"units of {group} rows do not fit {name!r}, which has {rows}")
         sizes[name] = group
     unknown = [u for u in units if not any(fnmatch(n, u) for n in sizes)]
     if unknown:

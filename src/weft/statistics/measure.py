@@ -10,26 +10,29 @@ examples and what else is worth knowing. Kinds: see sums.py (of inputs and outpu
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from weft.checkpoints.base import Checkpoint
+from weft.checkpoints.dtypes import is_mergeable
 from weft.checkpoints.memory import StateDict
 from weft.checkpoints.model import Model
 from weft.errors import DataError, UsageError, WeftWarning, did_you_mean
 from weft.methods.fingerprint import Fingerprint
 from weft.methods.kinds import ABOUT
 from weft.statistics import examples, sums
-from weft.statistics.batches import Data, Forward, batches, outputs_of
+from weft.statistics.batches import Batch, Data, Forward, batches, outputs_of
 from weft.statistics.gradients import Asked, LossOf, add_examples, add_factors
 from weft.statistics.labels import Labels
 from weft.statistics.observe import Observer, slow_attention
-from weft.statistics.uses import Parameters
+from weft.statistics.uses import Parameters, Use
 
 FORWARD = (*sums.OF_INPUTS[:3], *sums.OF_OUTPUTS)
 FACTORS = {"kfac": ("kfac_a", "kfac_g")}
@@ -52,17 +55,20 @@ def measure(
     precision: sums.Precision = "float64",
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
+    module: nn.Module | None = None,
+    by_block: bool = False,
     about: str = "",
 ) -> Model:
     """Statistics of a model on data: a checkpoint to save, and to give to `weft.merge(…, statistics=[…])`.
 
-    `model` is a module, or a checkpoint or path of a transformers model. `data` is an iterable of batches: tensors,
-    tuples that end with labels, or mappings (`labels` and `attention_mask` are understood); it is gone through once
-    a pass, so give a list or a loader, no generator, where several passes are needed. `samples` bounds the number
-    of examples. `labels` says for which labels Fisher information is taken (labels.py); `loss(outputs, batch)`,
-    one number an example, replaces the cross-entropy with the given labels; `forward(model, batch)` replaces the
-    call. `only` selects parameters by pattern; `units` groups rows into heads for "node". Values are stored as
-    `dtype`; sums are float64.
+    `model` is a module, or a checkpoint or path: of a transformers model, or one that fits `module`, which takes
+    its values. `data` is an iterable of batches: tensors, tuples that end with labels, or mappings (`labels` and
+    `attention_mask` are understood); it is gone through once a pass, so give a list or a loader, no generator,
+    where several passes are needed. `samples` bounds the number of examples. `labels` says for which labels Fisher
+    information is taken (labels.py); `loss(outputs, batch)`, one number an example, replaces the cross-entropy
+    with the given labels; `forward(model, batch)` replaces the call. `only` selects parameters by pattern; `units`
+    groups rows into heads for "node". Values are stored as `dtype`; sums are float64. `by_block` measures a
+    checkpoint larger than memory one block at a time, without gradients (blockwise.py).
 
     The model is measured in evaluation mode and left as it was. Raises UsageError for kinds, labels or data that
     make no sense, DataError naming the layer where something is not finite. What could not be measured (layers
@@ -71,14 +77,49 @@ def measure(
     kinds = _kinds(what)
     if samples is not None and samples < 1:
         raise UsageError(f"samples must be at least 1, not {samples}")
-    module, origin = _module(model)
-    where = torch.device(device) if device is not None else _device_of(module)
-    module.to(where)
-    found = Measurement(module, kinds, only, units, precision, Asked(labels, loss, forward, seed))
-    with evaluating(module), slow_attention():
+    asked = Asked(labels, loss, forward, seed)
+    if by_block:
+        return _by_block(model, module, data, kinds, samples, only, precision, asked, device, dtype, about)
+    made, origin = _module(model, module)
+    without = [n for n, p in made.named_parameters() if p.is_meta]
+    if without:
+        raise UsageError(
+            f"the module has no values for {without[0]!r}: give a checkpoint of them as the model"
+        )
+    where = torch.device(device) if device is not None else _device_of(made)
+    made.to(where)
+    found = Measurement(made, kinds, only, units, precision, asked)
+    with evaluating(made), slow_attention():
         for which in found.passes():
             found.run(which, data, where, samples)
-    return found.checkpoint(origin, samples, dtype, about)
+    return found.checkpoint(StateDict(made), origin, samples, dtype, about)
+
+
+def _by_block(
+    model: nn.Module | Checkpoint | str | Path, module: nn.Module | None, data: Data, kinds: Sequence[str],
+    samples: int | None, only: str | Sequence[str], precision: sums.Precision, asked: Asked,
+    device: str | torch.device | None, dtype: torch.dtype, about: str,
+) -> Model:  # fmt: skip
+    from weft.checkpoints.load import load
+    from weft.statistics.blockwise import Stack, skeleton
+
+    if isinstance(model, nn.Module):
+        raise UsageError(
+            "by_block reads a checkpoint's blocks one by one: give a checkpoint, and the module apart"
+        )
+    beyond = [k for k in kinds if k not in FORWARD]
+    if beyond:
+        raise UsageError(f"{', '.join(beyond)} needs gradients of the whole model, which by_block has not")
+    source = load(model)
+    made = skeleton(source) if module is None else module
+    where = torch.device(device or "cpu")
+    found = Measurement(made, kinds, only, None, precision, asked)
+    stack = Stack(made, source, where, asked.forward)
+    with evaluating(made), slow_attention():
+        every = list(batches(data, where, samples))
+        found.count(sum(b.size for b in every))
+        stack.run(every, found.watched)
+    return found.checkpoint(source, source.origin, samples, dtype, about)
 
 
 def _kinds(what: str | Sequence[str]) -> list[str]:
@@ -92,13 +133,17 @@ def _kinds(what: str | Sequence[str]) -> list[str]:
     return list(dict.fromkeys(asked))
 
 
-def _module(model: nn.Module | Checkpoint | str | Path) -> tuple[nn.Module, str]:
+def _module(model: nn.Module | Checkpoint | str | Path, module: nn.Module | None) -> tuple[nn.Module, str]:
     if isinstance(model, nn.Module):
         return model, type(model).__name__
     from weft.checkpoints.load import load
     from weft.llm.hf import to_transformers
 
     checkpoint = load(model)
+    if module is not None:
+        from weft.api import materialize
+
+        return materialize(checkpoint, module), checkpoint.origin
     return to_transformers(checkpoint), checkpoint.origin
 
 
@@ -131,20 +176,21 @@ class Measurement:
         units: Mapping[str, int] | None, precision: sums.Precision, asked: Asked,
     ) -> None:  # fmt: skip
         self.module, self.kinds, self.asked = module, kinds, asked
-        self.parameters = Parameters(module)
         patterns = [only] if isinstance(only, str) else list(only)
         self.chosen: dict[str, Tensor] = {
-            n: p for n, p in self.parameters.named.items() if any(fnmatch(n, o) for o in patterns)
-        }
+            n: p for n, p in module.named_parameters()
+            if is_mergeable(p.dtype) and any(fnmatch(n, o) for o in patterns)
+        }  # fmt: skip
         if not self.chosen:
             raise UsageError(f"no parameter is called {' or '.join(patterns)}")
-        self.parameters.named = {n: self.parameters.named[n] for n in self.chosen}
+        self.parameters = self._present()
         wanted = {k for kind in kinds for k in FACTORS.get(kind, (kind,))}
         self.sums = sums.Sums(wanted, precision)
         # gradients and sensitivities are those of the data's labels; the labels' choice is the Fisher's
         self.fisher = examples.Examples(self.chosen, wanted & {"fisher", "node"}, units)
         self.slopes = examples.Examples(self.chosen, wanted & {"gradient", "sensitivity"})
-        self.samples, self.unmasked = 0, set[str]()
+        self.samples, self.unmasked, self.tied = 0, set[str](), dict(self.parameters.tied)
+        self.transposed: set[str] = set()
 
     def passes(self) -> list[str]:
         """Which passes over the data are needed: "factors" sees all that "forward" does."""
@@ -154,35 +200,65 @@ class Measurement:
         slopes = "slopes" if wanted & {"gradient", "sensitivity"} else ""
         return [p for p in (forward, fisher, slopes) if p]
 
-    def run(self, which: str, data: Data, device: torch.device, limit: int | None) -> None:
-        """One pass over the data."""
-        seen = 0
-        slopes = Asked("given", self.asked.loss, self.asked.forward, self.asked.seed)
-        for batch in batches(data, device, limit):
-            if which == "forward":
-                watch = Observer(self.parameters, self.sums.seen, batch.masks)
-                with torch.no_grad(), watch:
-                    outputs_of(self.module, batch, self.asked.forward)
-                self.unmasked |= watch.unmasked
-            elif which == "factors":
-                self.unmasked |= add_factors(self.module, batch, self.asked, self.parameters, self.sums, seen)
-            elif which == "fisher":
-                add_examples(self.module, batch, self.asked, self.fisher, seen, self.chosen)
-            else:
-                add_examples(self.module, batch, slopes, self.slopes, seen, self.chosen)
-            seen += batch.size
+    def _present(self) -> Parameters:
+        """The chosen parameters that have values now."""
+        found = Parameters(self.module)
+        found.named = {n: p for n, p in found.named.items() if n in self.chosen}
+        return found
+
+    def watched(self, batch: Batch, run: Callable[[], Any]) -> Any:
+        """Run something with every use of a present parameter seen; the masks are the batch's."""
+        present = self._present()
+        self.tied |= present.tied
+        watch = Observer(present, self.sums.seen, batch.masks)
+        with torch.no_grad(), watch:
+            made = run()
+        self.unmasked |= watch.unmasked
+        return made
+
+    def _turned(self, batch: Batch) -> set[str]:
+        """The matrices that are stored [in, out]; convolutions have their kernel behind both, so not these."""
+        uses: set[Use] = set()
+        with torch.no_grad(), Observer(self._present(), lambda use, x, y: uses.add(use)):
+            outputs_of(self.module, batch, self.asked.forward)
+        found = {u.name for u in uses if u.transposed and self.chosen[u.name].dim() == 2}
+        self.transposed |= found
+        return found
+
+    def count(self, seen: int) -> None:
+        """Say how many examples a pass saw."""
         if seen == 0 and self.samples:
             raise UsageError("the data ended with the first pass: give a list or a loader, which starts anew")
         if seen == 0:
             raise DataError("the data hold no examples")
         self.samples = seen
 
+    def run(self, which: str, data: Data, device: torch.device, limit: int | None) -> None:
+        """One pass over the data."""
+        seen = 0
+        slopes = Asked("given", self.asked.loss, self.asked.forward, self.asked.seed)
+        for batch in batches(data, device, limit):
+            if which == "forward":
+                self.watched(batch, partial(outputs_of, self.module, batch, self.asked.forward))
+            elif which == "factors":
+                self.unmasked |= add_factors(self.module, batch, self.asked, self.parameters, self.sums, seen)
+            elif which == "fisher":
+                if seen == 0 and "node" in self.kinds:
+                    self.fisher.turned(self._turned(batch))
+                add_examples(self.module, batch, self.asked, self.fisher, seen, self.chosen)
+            else:
+                add_examples(self.module, batch, slopes, self.slopes, seen, self.chosen)
+            seen += batch.size
+        self.count(seen)
+
     def values(self) -> dict[str, Tensor]:
         """Every statistic by its full name, float64."""
-        return {**self.sums.results(self.parameters.tied), **self.fisher.results(), **self.slopes.results()}
+        return {**self.sums.results(self.tied), **self.fisher.results(), **self.slopes.results()}
 
-    def checkpoint(self, origin: str, asked: int | None, dtype: torch.dtype, about: str) -> Model:
-        """The statistics and what they are of."""
+    def checkpoint(
+        self, model: Checkpoint, origin: str, asked: int | None, dtype: torch.dtype, about: str
+    ) -> Model:
+        """The statistics and what they are of: the values of `model`."""
         values = self.values()
         notes = self._notes(values, asked)
         for note in notes:
@@ -195,10 +271,10 @@ class Measurement:
             "seed": self.asked.seed,
             "data": about,
             "rows": rows,
-            "transposed": sorted({u.name for u in self.sums.rows if u.transposed}),
-            "tied": self.parameters.tied,
+            "transposed": sorted(self.transposed | {u.name for u in self.sums.rows if u.transposed}),
+            "tied": self.tied,
             "notes": notes,
-            "model": Fingerprint.of(StateDict(self.module), list(self.chosen)).data(),
+            "model": Fingerprint.of(model, [n for n in self.chosen if n in model]).data(),
         }
         stored = {k: v.to(dtype).cpu() for k, v in values.items()}
         return Model(StateDict(stored), {ABOUT: told}, (), f"statistics of {origin}")

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from weft.systems import System
 
+THEORY = "tests/systems/test_theory.py::"
+
 SYSTEMS = (
     System("M12", "LMC barrier / instability", "2.2.2.3", "analysis",
            "Frankle et al., ICML 2020, arXiv:1912.05671",
-           "How far the loss rises on the straight line between two models above that of its ends."),
+           "How far the loss rises on the straight line between two models above that of its ends.",
+           entry="weft.analysis.barrier:barrier",
+           test=THEORY + "test_runs_from_one_start_are_connected_and_independent_ones_are_not"),
     System("M13", "Entezari SA search", "2.2.2.3", "alignment",
            "Entezari et al., ICLR 2022, arXiv:2110.06296",
            "Searches permutations by simulated annealing to show that they remove most of the barrier."),
     System("M14", "Layer-wise LMC", "2.2.2.3", "analysis", "Adilova et al., ICLR 2024",
-           "The barrier when only some layers are interpolated."),
+           "The barrier when only some layers are interpolated.",
+           entry="weft.analysis.layerwise:layerwise_barrier",
+           test=THEORY + "test_single_layers_of_independent_networks_make_almost_no_barrier"),
     System("M15", "LLFC", "2.2.2.3", "analysis", "Zhou et al., NeurIPS 2023",
-           "Features of an interpolated network are the interpolation of the features, layer by layer."),
+           "Features of an interpolated network are the interpolation of the features, layer by layer.",
+           entry="weft.analysis.linearity:feature_linearity",
+           test=THEORY + "test_features_are_linear_exactly_where_weights_are_connected"),
     System("M16", "OTFusion", "2.2.2.3", "alignment", "Singh & Jaggi, NeurIPS 2020, arXiv:1910.05653",
            "Matches neurons layer by layer by optimal transport, then averages.", aliases=("S95",)),
     System("M17", "Transformer OT", "2.2.2.3", "alignment", "Imfeld et al., ICLR 2024, arXiv:2310.05719",

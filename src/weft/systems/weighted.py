@@ -171,6 +171,8 @@ CHECKPOINTS = (
     SEARCHED + "test_twelve_evaluations_find_what_a_fine_grid_finds",
 )
 
+MEASURED = "tests/systems/test_statistics.py::"
+
 SYSTEMS = (
     System("M35", "Grid search", "2.2.3.2", "search", "folklore; e.g. Ilharco et al., arXiv:2212.04089",
            "Tries every coefficient of a grid on validation data.", entry="weft.systems.weighted:grid_search",
@@ -199,11 +201,18 @@ SYSTEMS = (
            "Solves for the linear layers whose outputs differ least from every model's on its own inputs."),
     System("M44", "Fisher merging", "2.2.3.2", "merge",
            "Matena & Raffel, NeurIPS 2022, arXiv:2111.09832",
-           "A mean of weights in which each counts as much as the output depends on it."),
+           "A mean of weights in which each counts as much as the output depends on it.",
+           entry="weft.methods.fisher:fisher",
+           test=MEASURED + "test_fisher_information_says_whose_weights_to_take"),
     System("M45", "Fisher-nodes", "2.2.3.2", "merge", "Thennal et al., LREC-COLING 2024",
-           "Fisher merging with the information of masks over heads and neurons."),
+           "Fisher merging with the information of masks over heads and neurons.",
+           entry="weft.methods.fisher:fisher_nodes",
+           test=MEASURED + "test_fisher_information_of_masks_improves_the_average_for_less"),
     System("M46", "MaTS", "2.2.3.2", "merge", "Tam et al., TMLR 2024",
-           "Matches models in their task subspaces by solving a linear system with conjugate gradients."),
+           "Matches models in their task subspaces by solving a linear system with conjugate gradients.",
+           entry="weft.methods.mats:mats",
+           test=MEASURED + "test_matching_in_task_subspaces_beats_averaging_by_the_diagonal"),
     System("M47", "UBGM (Daheim)", "2.2.3.2", "merge", "Daheim et al., ICLR 2024",
-           "Weighs task vectors by Hessians so that the gradients of the joint and single losses agree."),
+           "Weighs task vectors by Hessians so that the gradients of the joint and single losses agree.",
+           entry="weft.methods.ubgm:ubgm", test=MEASURED + "test_gradient_matching_needs_no_scale"),
 )  # fmt: skip
