@@ -241,7 +241,8 @@ parameters:
   {shared}
 """)
     assert recipe.base == "org/base"
-    assert recipe.params(at(MLP, 4)) == {"weight": [0.5, 1.0], "row_wise": row_wise}
+    expected = {"weight": [0.5, 1.0], "row_wise": row_wise, "column_wise": False}
+    assert recipe.params(at(MLP, 4)) == expected
 
 
 def test_karcher() -> None:

@@ -139,6 +139,12 @@ def carried(checkpoint: Checkpoint) -> dict[str, str]:
     return found | dict(getattr(checkpoint, "carried", {}))
 
 
+def noted(checkpoint: Checkpoint) -> list[str]:
+    """What the nodes of the graph have to say of themselves, each thing once."""
+    every = [n for source in checkpoint.inputs for n in noted(source)]
+    return list(dict.fromkeys([*every, *getattr(checkpoint, "notes", ())]))
+
+
 def _left_out(checkpoint: Checkpoint) -> dict[str, list[str]]:
     """Entries of the inputs' files that are no weights (counters, optimiser state, scales), by input."""
     return {s.origin: skipped for s in leaves(checkpoint) if (skipped := list(getattr(s, "skipped", ())))}

@@ -22,6 +22,7 @@ from weft.engine.plan import Plan, make_plan
 from weft.engine.pool import WorkPool
 from weft.engine.record import (
     manifest,
+    noted,
     output_config,
     write_assets,
     write_config,
@@ -124,7 +125,7 @@ def save(
         if checkpoint.identity() != inputs_were:
             raise DataError(f"the inputs of {out} changed while they were merged: run the command again")
         config, notes = output_config(plan)
-        notes += getattr(plan.checkpoint, "notes", ())
+        notes += noted(plan.checkpoint)
         record = manifest(plan, recipe=recipe, digests=digests, inputs=inputs, notes=notes)
         _write_companions(staging.folder, out, plan, config, record, recipe_text)
     except BaseException:

@@ -32,7 +32,12 @@ def contradictions(model: Checkpoint, found: Layout | None = None) -> list[str]:
     found = found or layout(model)
     return [
         f"{model.origin}: {text}"
-        for text in (*_layers(config, found), *_rows(config, model), *_expert_counts(config, found))
+        for text in (
+            *_layers(config, found),
+            *_rows(config, model),
+            *_projections(config, model, found),
+            *_expert_counts(config, found),
+        )
     ]
 
 
@@ -80,14 +85,57 @@ def _rows(config: Mapping[str, Any], model: Checkpoint) -> list[str]:
     return told
 
 
+def _projections(config: Mapping[str, Any], model: Checkpoint, found: Layout) -> list[str]:
+    """MLPs and keys of the main stack whose rows no product of the config's sizes makes; one line a projection.
+
+    A config may state several sizes (of shared experts, of global layers), and any of them will do.
+    """
+    main = found.main()
+    inner = _all(config, ("intermediate_size", "shared_expert_intermediate_size", "moe_intermediate_size",
+                          "intermediate_size_mlp"))  # fmt: skip
+    shared = _all(config, ("n_shared_experts", "num_shared_experts"))
+    keys = _ending(config, "key_value_heads")
+    heads = [*keys, *_all(config, ("num_attention_heads",))]
+    widths = _all(config, ("hidden_size",))
+    sizes = _ending(config, "head_dim") + [w // h for w in widths for h in heads if w % h == 0]
+    right = {
+        "gate_proj": ("intermediate_size", inner, {i * f for i in inner for f in (1, 2, *shared)}),
+        "k_proj": ("num_key_value_heads", keys, {h * d for h in heads for d in sizes}),
+    }
+    told: dict[str, str] = {}
+    for name, info in model.tensors.items():
+        last = name.removesuffix(".weight").rpartition(".")[2]
+        if main is None or last not in right or not name.startswith(main.prefix) or "expert" in name:
+            continue
+        field, stated, rows = right[last]
+        if len(info.shape) == 2 and stated and rows and info.shape[0] not in rows:
+            told.setdefault(last, f"{name} has {info.shape[0]} rows, its config {field} {_listed(stated)}")
+    return list(told.values())
+
+
+def _ending(config: Mapping[str, Any], end: str) -> list[int]:
+    return list(
+        dict.fromkeys(v for p, v in fields(config) if p[-1].endswith(end) and type(v) is int and v > 0)
+    )
+
+
 def _expert_counts(config: Mapping[str, Any], found: Layout) -> list[str]:
     stated = _all(config, _EXPERTS)
-    told = {
-        f"{e.prefix} has {e.count} experts, its config {_listed(stated)}"
-        for e in found.experts.values()
-        if stated and e.count not in stated and not e.fused
-    }
-    return sorted(told)[:3]
+    wrong = [e for e in found.experts.values() if stated and e.count not in stated and not e.fused]
+    return [f"{e.prefix} has {e.count} experts, its config {_listed(stated)}" for e in wrong[:1]]
+
+
+def strangers(models: Sequence[Checkpoint]) -> str | None:
+    """The `model_type` of each model, where they are not all one though the tensors' names agree; else None.
+
+    Such classes may compute something else with the same tensors: Gemma adds one to its norms' weights, Llama
+    does not.
+    """
+    kinds = {m.origin: (m.config or {}).get("model_type") for m in models}
+    known = {k for k in kinds.values() if isinstance(k, str)}
+    if len(known) < 2 or any(m.tensors.keys() != models[0].tensors.keys() for m in models):
+        return None
+    return ", ".join(f"{kind} in {origin}" for origin, kind in kinds.items() if isinstance(kind, str))
 
 
 def differing(models: Sequence[Checkpoint]) -> list[str]:

@@ -29,15 +29,14 @@ def experts_like(model: Checkpoint, like: Checkpoint) -> Checkpoint:
     Raises DataProblems where a block has experts in one only, another number of them, or in a layout that is
     neither of the two (transposed, interleaved).
     """
-    mine, theirs = layout(model).experts, layout(like).experts
-    pairs = _pairs(mine, theirs)
+    pairs = _pairs(layout(model).experts, layout(like).experts)
     if pairs is None or all(a == b for a, b in pairs):
         return model
+    counts = dict.fromkeys((a.count, b.count) for a, b in pairs if a.count != b.count)
     problems = [
-        f"{a.prefix} of {model.origin} has {a.count} experts, {b.prefix} of {like.origin} {b.count}: reduce "
-        f"the larger one first (weft moe reduce)"
-        for a, b in pairs
-        if a.count != b.count
+        f"{model.origin} has {mine} experts in a block, {like.origin} {theirs}: reduce the larger one first (weft "
+        f"moe reduce)"
+        for mine, theirs in counts
     ]
     if problems:
         raise DataProblems("the mixtures do not have as many experts", problems)

@@ -45,7 +45,6 @@ class Spelling:
 _DELTAS = {"lambda": "scale"}
 _DRAW = "the random masks are weft's, the same for a seed everywhere; MergeKit's are another draw"
 _RANKS = "entries of fused experts [E, out, in] are ranked within their rows; MergeKit ranks along out"
-_SMALL = "a tensor with fewer than 1/gamma entries keeps its task vector; MergeKit loses it whole"
 _NO_RESCALE = {"rescale": (False, "weft does not restore the L1 norm here")}
 
 SPELLINGS: dict[str, Spelling] = {
@@ -63,8 +62,8 @@ SPELLINGS: dict[str, Spelling] = {
     "dare_ties": Spelling("dare_ties", _DELTAS, differs=(_DRAW,)),
     "della": Spelling("della", _DELTAS, differs=(_DRAW, _RANKS)),
     "della_linear": Spelling("della_linear", _DELTAS, differs=(_DRAW, _RANKS)),
-    "breadcrumbs": Spelling("breadcrumbs", _DELTAS, without=_NO_RESCALE, differs=(_SMALL,)),
-    "breadcrumbs_ties": Spelling("breadcrumbs_ties", _DELTAS, without=_NO_RESCALE, differs=(_SMALL,)),
+    "breadcrumbs": Spelling("breadcrumbs", _DELTAS, without=_NO_RESCALE),
+    "breadcrumbs_ties": Spelling("breadcrumbs_ties", _DELTAS, without=_NO_RESCALE),
     "sce": Spelling("sce"),
     "ram": Spelling("ram"),
     "ramplus_tl": Spelling("ram_plus"),
@@ -116,12 +115,7 @@ def rewritten(mapping: Mapping[str, Any], spelling: Spelling) -> Mapping[str, An
     flatten, columns = mapping.get("nuslerp_flatten"), mapping.get("nuslerp_row_wise")
     if flatten is None or flatten is True:
         return rest  # the whole tensor at once; row_wise says nothing then
-    if columns:
-        raise UsageError(
-            "nuslerp_flatten: false with nuslerp_row_wise: true goes along the columns in MergeKit, which "
-            "weft does not; for rows write row_wise: true"
-        )
-    return {**rest, "row_wise": flatten is False or flatten}
+    return {**rest, "column_wise" if columns else "row_wise": flatten is False or flatten}
 
 
 def translated(parameter: Parameter, raw: Any, compat: str | None, theirs: Any) -> Any:

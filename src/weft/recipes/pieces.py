@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from weft.checkpoints.base import Checkpoint
-from weft.errors import DataProblems, Problems, UsageError, WeftError
+from weft.errors import DataError, DataProblems, Problems, UsageError, WeftError
 from weft.methods.layers import block_of
 from weft.methods.step import At
 from weft.recipes.recipe import Range, Recipe, Slice, Source
@@ -32,6 +32,8 @@ def merged(recipe: Recipe, seed: int, fetch: Fetch) -> Checkpoint:
 
     sources = [fetch(s) for s in recipe.sources]
     check_configs(sources)
+    if recipe.architectures == "error":
+        check_architectures(sources)
     config = None if recipe.config_from is None else fetch(recipe.config_from)
     frame = None if recipe.frame is None else fetch(recipe.frame)
     if _names_differ(sources):
@@ -99,6 +101,18 @@ def check_configs(models: Sequence[Checkpoint]) -> None:
     if problems:
         raise DataProblems(
             "config.json says otherwise than the tensors: mend it, or the checkpoint", problems
+        )
+
+
+def check_architectures(models: Sequence[Checkpoint]) -> None:
+    """DataError where models of different classes have tensors of the same names: MergeKit's `--allow-crimes`."""
+    from weft.llm.consistency import strangers
+
+    told = strangers(models)
+    if told is not None:
+        raise DataError(
+            f"these models are of different architectures: model_type is {told}. Their tensors have the same "
+            f"names but may mean something else; architectures: allow merges them all the same"
         )
 
 

@@ -73,6 +73,7 @@ class Recipe:
     missing: Literal["error", "carry", "available"] = "error"
     mismatch: Literal["error", "carry"] = "error"
     nonfinite: Literal["error", "allow"] = "error"
+    architectures: Literal["error", "allow"] = "error"
     compat: Literal["mergekit"] | None = None
     mergekit_method: str | None = None
     """The method's name in MergeKit's dialect, where the recipe used it."""

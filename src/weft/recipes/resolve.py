@@ -93,6 +93,7 @@ def _of_groups(
     slices = [s for s in made if s is not None]
     if len(slices) < len(made):
         return None
+    _note_gaps(every, found)
     plain = raw.slices is None or (len(slices) == 1 and not any(slices[0].ranges))
     return slices[0].recipe if plain else in_slices(slices)
 
@@ -119,11 +120,23 @@ def _of_group(
     made = Recipe(
         method=asked.method, models=tuple(e.source for e in entries), base=base, params=params, seed=raw.seed,
         missing=raw.missing, mismatch=raw.mismatch, nonfinite=raw.nonfinite, compat=compat,
+        architectures=raw.architectures,
         mergekit_method=raw.merge_method if raw.merge_method in mergekit.SPELLINGS else None,
         statistics=statistics, base_statistics=base_statistics,
         config_from=config_from, given=given, differences=tuple(f"{asked.method.name}: {d}" for d in otherwise),
     )  # fmt: skip
     return Slice(made, tuple(e.range for e in entries), None if base is None else base_range)
+
+
+def _note_gaps(every: Sequence[Group], found: Findings) -> None:
+    """Layer numbers between others that no slice has, of whatever model: pruning may mean it, a slip may not."""
+    ranges = [e.range for group in every for e in group.entries if e.range is not None]
+    taken = {i for first, end in ranges for i in range(first, end)}
+    gap = [i for i in range(min(taken, default=0), max(taken, default=0)) if i not in taken]
+    if gap:
+        told = ", ".join(map(str, gap[:8])) + (" …" if len(gap) > 8 else "")
+        found.note(every[0].path[:-1], f"no slice has layer{'s' * (len(gap) > 1)} {told} of any model: the result "
+                                       f"goes without")  # fmt: skip
 
 
 def _method(raw: schema.Recipe, found: Findings, path: Path, compat: Any) -> Asked | None:

@@ -206,6 +206,9 @@ class Recipe(Strict):
         "error", description="Tensors not all models have: an error, carried over, or merged from the rest."
     )
     mismatch: Literal["error", "carry"] = Field("error", description="Tensors whose shapes differ.")
+    architectures: Literal["error", "allow"] = Field(
+        "error", description="Models of different classes (model_type) whose tensors have the same names."
+    )
     nonfinite: Literal["error", "allow"] = Field("error", description="NaN and infinity in a model.")
     compat: Literal["mergekit"] | None = Field(None, description="Reproduce another tool's choices.")
 

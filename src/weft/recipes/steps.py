@@ -77,6 +77,7 @@ def steps_method(raw: list[Any], path: Path, found: Findings) -> tuple[Method, G
         return None
     method = pipeline_method(Pipeline(), "steps")
     method.build_fn = Build(tuple(steps))
+    method.needs = tuple(dict.fromkeys(need for _, step in steps for need in step.needs))
     method.__doc__ = " | ".join(label for label, _ in steps)
     method.params = {
         f"{label}.{name}": replace(p, name=f"{label}.{name}")

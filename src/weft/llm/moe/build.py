@@ -94,7 +94,7 @@ def build_moe(
         raise UsageError(f"layout: transformers has no {family.name}, so there is no fused layout of it")
     told = mixture_config(family, config, base.layers, sizes)
     gate = partial(gate_vectors, base.model, mode=chosen.gate_mode, layers=base.layers, stack=base.stack,
-                   seed=chosen.seed, residual=chosen.compat == "mergekit")  # fmt: skip
+                   seed=chosen.seed, mergekit=chosen.compat == "mergekit")  # fmt: skip
     gates = gate(chosen.experts)
     shared_gates = gate(chosen.shared, name="shared_experts") if family.shared_gate and shared else None
     routers = _routers(base, family, gates, shared_gates)

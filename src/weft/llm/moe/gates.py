@@ -10,7 +10,8 @@ of prompt p, P⁺ and P⁻ the positive and negative prompts:
     uniform_random        uniform in ±1/√H, as a fresh torch.nn.Linear
 
 and, but for the random ones, w_e = h / ‖h‖₂. With `compat: mergekit` the states are those that enter the layer,
-as MergeKit takes them; the router never sees those.
+as MergeKit takes them; the router never sees those. Every prompt then begins with the beginning-of-text token, even
+where the tokenizer puts none there.
 """
 
 from __future__ import annotations
@@ -47,13 +48,14 @@ def gate_vectors(
     layers: int,
     stack: str,
     seed: int = 0,
-    residual: bool = False,
+    mergekit: bool = False,
     name: str = "experts",
 ) -> Tensor:
     """Router rows `[layers, len(experts), hidden]` in float32, by the formulas above.
 
-    `stack` begins the names of the layers; `residual` takes the state that enters the layer. Experts without
-    prompts get zeros. Raises UsageError where the prompts cannot be read for want of a tokenizer.
+    `stack` begins the names of the layers; `mergekit` takes the state that enters the layer, of prompts that begin
+    with a beginning-of-text token. Experts without prompts get zeros. Raises UsageError where the prompts cannot
+    be read for want of a tokenizer.
     """
     embedding = _embedding(base)
     hidden = base.info(embedding).shape[1]
@@ -62,7 +64,7 @@ def gate_vectors(
     prompts = sorted({p for e in experts for p in (*e.positive, *e.negative)})
     if not prompts:
         return torch.zeros(layers, len(experts), hidden)
-    tokens = dict(zip(prompts, _tokens(base, prompts), strict=True))
+    tokens = dict(zip(prompts, _tokens(base, prompts, mergekit), strict=True))
     rows = []
     if mode == "cheap_embed":
         for expert in experts:
@@ -70,7 +72,7 @@ def gate_vectors(
                            for side in (expert.positive, expert.negative))  # fmt: skip
             rows.append((plus - minus).expand(layers, hidden))
     else:
-        states = _states(base, tokens, layers, stack, mode == "hidden_avg", residual)
+        states = _states(base, tokens, layers, stack, mode == "hidden_avg", mergekit)
         nothing = torch.zeros(layers, hidden, dtype=torch.float64)
         for expert in experts:
             plus, minus = (torch.stack([states[p] for p in side]).mean(0) if side else nothing
@@ -103,7 +105,7 @@ def _random(shape: tuple[int, int, int], mode: GateMode, seed: int, name: str) -
     return (FRESH * normal(at, 0, n)).reshape(shape).float()
 
 
-def _tokens(base: Checkpoint, prompts: Sequence[str]) -> list[list[int]]:
+def _tokens(base: Checkpoint, prompts: Sequence[str], always_begin: bool) -> list[list[int]]:
     from weft.llm.hf import tokenizer_of
 
     tokenizer = tokenizer_of(base)
@@ -112,7 +114,11 @@ def _tokens(base: Checkpoint, prompts: Sequence[str]) -> list[list[int]]:
             f"{base.origin} has no tokenizer to read the prompts with; put its tokenizer files beside "
             "config.json, or choose gate_mode random"
         )
-    found = [list(tokenizer(p)["input_ids"]) for p in prompts]
+    if always_begin:
+        begin = tokenizer.bos_token or ""
+        found = [list(tokenizer(begin + p, add_special_tokens=False)["input_ids"]) for p in prompts]
+    else:
+        found = [list(tokenizer(p)["input_ids"]) for p in prompts]
     if empty := [p for p, ids in zip(prompts, found, strict=True) if not ids]:
         raise DataError(f"the tokenizer of {base.origin} finds no token in the prompt {empty[0]!r}")
     return found
