@@ -206,7 +206,7 @@ def _lightning_base() -> Any:
         from lightning.pytorch import Callback
     except ImportError:
         try:
-            from pytorch_lightning import Callback
+            from pytorch_lightning import Callback  # type: ignore[assignment]
         except ImportError:
             raise MissingExtra("lightning", "train", "a callback for its Trainer") from None
     return Callback

@@ -1,0 +1,120 @@
+"""Data to learn from: endless batches of tensors that are cut here, of an iterable, or of a function.
+
+Labels may be missing: a batch is what `weft.statistics` takes for one (a tensor, a tuple that ends with labels, a
+mapping of keywords with `labels`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from weft.errors import DataError, UsageError
+from weft.statistics.batches import Batch, as_batch
+
+Data = Tensor | tuple[Any, ...] | Mapping[str, Any] | Iterable[Any] | Callable[[torch.Generator], Any]
+
+
+class Feed:
+    """Endless batches. Tensors of one length are shuffled anew each pass by `seed` and cut into `size`."""
+
+    def __init__(self, data: Data, size: int, seed: int, device: torch.device) -> None:
+        if size < 1:
+            raise UsageError(f"batch must be 1 or more, not {size}")
+        self.data, self.size, self.seed, self.device = data, size, seed, device
+        self.rows = _rows(data)
+        if self.rows == 0:
+            raise DataError("the data hold no examples")
+        if self.rows is None and not callable(data) and not isinstance(data, Iterable):
+            raise UsageError(
+                f"data must be tensors, an iterable of batches or a function, not {type(data).__name__}"
+            )
+
+    def __iter__(self) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(self.seed)
+        while True:
+            count = 0
+            for count, raw in enumerate(self._pass(generator), 1):  # noqa: B007
+                yield self._batch(raw)
+            if count == 0:
+                raise DataError(
+                    "the data ran out: an iterator gives its batches once; pass a list or a loader"
+                )
+
+    def once(self) -> Iterator[Batch]:
+        """All of the data once, in order. UsageError for a function, which has no end."""
+        if self.rows is not None:
+            for start in range(0, self.rows, max(self.size, 256)):
+                index = torch.arange(start, min(start + max(self.size, 256), self.rows))
+                yield self._batch(_take(self.data, index))
+        elif isinstance(self.data, Iterable):
+            yield from map(self._batch, self.data)
+        else:
+            raise UsageError("validation data must have an end: give tensors or a list of batches")
+
+    def _pass(self, generator: torch.Generator) -> Iterator[Any]:
+        if self.rows is not None:
+            order = torch.randperm(self.rows, generator=generator)
+            yield from (_take(self.data, index) for index in torch.split(order, self.size))
+        elif isinstance(self.data, Iterable):
+            yield from self.data
+        else:
+            assert callable(self.data)
+            yield self.data(generator)
+
+    def _batch(self, raw: Any) -> Batch:
+        plain = dict(raw) if isinstance(raw, Mapping) else raw
+        batch = as_batch(pytree.tree_map(lambda v: v.to(self.device) if isinstance(v, Tensor) else v, plain))
+        for value in pytree.tree_leaves((batch.args, dict(batch.kwargs))):
+            if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
+                raise DataError("the inputs have NaN or infinite values")
+        return batch
+
+
+def _rows(data: Any) -> int | None:
+    """The common length of tensors; None for data of another kind."""
+    if isinstance(data, Tensor):
+        parts: list[Any] = [data]
+    elif isinstance(data, Mapping):
+        parts = list(data.values())
+    elif isinstance(data, tuple):
+        parts = list(data)
+    else:
+        return None
+    if not parts or not all(isinstance(p, Tensor) and p.ndim for p in parts):
+        return None
+    lengths = sorted({len(p) for p in parts})
+    if len(lengths) != 1:
+        raise UsageError(f"the tensors of data have different lengths: {lengths}")
+    return lengths[0]
+
+
+def _take(data: Any, index: Tensor) -> Any:
+    if isinstance(data, Mapping):
+        return {k: v[index] for k, v in data.items()}
+    return tuple(v[index] for v in data) if isinstance(data, tuple) else data[index]
+
+
+def feeds(
+    data: Any, tasks: list[str] | None, size: int, seed: int, device: torch.device
+) -> dict[str | None, Feed]:
+    """A feed a task. With tasks, data are a mapping by task; UsageError names what does not fit."""
+    if tasks is None:
+        return {None: Feed(data, size, seed, device)}
+    if not isinstance(data, Mapping) or not data:
+        raise UsageError(f"the merge has tasks: give data by task ({', '.join(tasks)})")
+    unknown = [t for t in data if t not in tasks]
+    if unknown:
+        raise UsageError(f"there are data of tasks that are not merged: {unknown}; known: {', '.join(tasks)}")
+    found: dict[str | None, Feed] = {}
+    for i, task in enumerate(tasks):
+        if task in data:
+            try:
+                found[task] = Feed(data[task], size, seed + 7919 * i, device)
+            except (DataError, UsageError) as error:
+                raise type(error)(f"{task}: {error}") from error
+    return found
