@@ -51,7 +51,7 @@ def theirs(case: Case, text: str, folder: Path, python: Path) -> dict[str, Tenso
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
-        return (done.stderr.strip().splitlines() or ["failed"])[-1]
+        return (done.stderr.strip().splitlines() or ["failed"])[-1].replace(f"{folder}/", "")
     return {n: t for f in sorted(out.glob("*.safetensors")) for n, t in load_file(f).items()}
 
 

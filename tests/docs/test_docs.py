@@ -165,3 +165,12 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_every_page_is_in_the_navigation() -> None:
     nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert all(f"{p.name}" in nav for p in PAGES if p.parent.name == "docs")
+
+
+def test_every_defect_of_the_list_has_a_test() -> None:
+    text = (ROOT / "docs" / "differences-from-mergekit.md").read_text(encoding="utf-8")
+    rows = text.partition("<!-- defects -->")[2].partition("<!-- /defects -->")[0].strip().splitlines()[2:]
+    named = [re.fullmatch(r"\| .+ \| `(tests/\S+\.py)::(test_\w+)` \|", row) for row in rows]
+    assert len(rows) > 20 and all(named), [r for r, m in zip(rows, named, strict=True) if not m]
+    for path, name in (m.groups() for m in named if m):
+        assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), f"{path}::{name}"

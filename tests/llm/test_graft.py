@@ -170,7 +170,7 @@ def test_mixtures_that_do_not_go_together() -> None:
     fused = StateDict({"layers.0.moe.experts.gate_up_proj": torch.ones(2, 6, 4),
                        "layers.0.moe.experts.down_proj": torch.ones(2, 4, 3)}, origin="fused")  # fmt: skip
     assert experts_like(experts(2), fused).info("layers.0.moe.experts.gate_up_proj").shape == (2, 6, 4)
-    with pytest.raises(DataProblems, match=r"of of 3 has 3 experts, .* of fused 2"):
+    with pytest.raises(DataProblems, match=r"of 3 has 3 experts in a block, fused 2"):
         experts_like(experts(3), fused)
     transposed = StateDict({"layers.0.mlp.experts.gate_up_proj": torch.ones(2, 4, 6),
                             "layers.0.mlp.experts.down_proj": torch.ones(2, 3, 4)}, origin="other")  # fmt: skip

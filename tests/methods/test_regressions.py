@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import weft
 from weft.methods.registry import METHODS
 from weft.methods.step import At, row_length
 
@@ -36,6 +37,24 @@ def test_breadcrumbs_drops_outliers_at_full_density():
     assert int((y == 0).sum()) == 10
     assert bool((y[x[0].abs().topk(10).indices] == 0).all())
     assert torch.equal(M["breadcrumbs"](x, density=1.0, gamma=0.01, scale=1.0, prefer="density"), x[0])
+
+
+# M5: on torch files a weight of 0, or one that only some models have, was an IndexError
+
+
+def test_torch_files_with_parameters_of_some_models_only(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    states = [{"a.w": torch.randn(4, 3, generator=g), "b": torch.randn(3, generator=g)} for _ in range(3)]
+    for i, state in enumerate(states):
+        torch.save(state, tmp_path / f"{i}.pt")
+    models = [
+        {"model": f"{tmp_path}/1.pt", "parameters": {"weight": 0}},
+        {"model": f"{tmp_path}/2.pt", "parameters": {"weight": 0.5, "density": 0.5}},
+    ]
+    recipe = {"merge_method": "task_arithmetic", "base_model": f"{tmp_path}/0.pt", "models": models}
+    merged = weft.build(recipe | {"compat": "mergekit"}).state_dict()
+    for name, base in states[0].items():
+        torch.testing.assert_close(merged[name], base + 0.5 * (states[2][name] - base))
 
 
 # M6: multislerp was the normalised mean, slerp a lerp for close models

@@ -64,7 +64,7 @@ BILLION = "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\n"
         ("a: 1\n b: 2", "line 2"),
         ("a: @b", "quote text"),
         ("a: " + "9" * 5000, "too long"),
-        ("[" * 5000, "nested"),
+        ("[" * 5000, "nest"),
         ("- " * (MAX_DEPTH + 1) + "x", "nested"),
         ("x: [" + "0," * 120_000 + "]", "values"),
         ("a: \x00", "line"),
