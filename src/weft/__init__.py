@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from weft.adapters.resize import resize_lora
     from weft.analysis.analyze import analyze
     from weft.api import load, materialize, merge, save
+    from weft.calibrate.run import calibrate
     from weft.checkpoints.base import Checkpoint
     from weft.deltas.family import pack_family
     from weft.deltas.pack import pack_delta
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
     from weft.train.loop import finetune
 
 _API = {"load": "weft.api", "merge": "weft.api", "save": "weft.api", "materialize": "weft.api",
-        "build": "weft.recipes", "search": "weft.search", "Checkpoint": "weft.checkpoints.base",
+        "build": "weft.recipes", "search": "weft.search", "calibrate": "weft.calibrate",
+         "Checkpoint": "weft.checkpoints.base",
         "METHODS": "weft.methods.registry", "apply_adapters": "weft.adapters.apply",
         "extract_lora": "weft.adapters.extract", "merge_adapters": "weft.adapters.merge",
         "resize_lora": "weft.adapters.resize", "build_moe": "weft.llm.moe.build",
@@ -59,6 +61,7 @@ __all__ = [
     "apply_adapters",
     "build",
     "build_moe",
+    "calibrate",
     "expanded",
     "extract_lora",
     "finetune",

@@ -50,7 +50,9 @@ SYSTEMS = (
     System("M26", "Deep-Align", "2.2.2.3", "alignment", "Navon et al., ICML 2024",
            "A network that reads two networks and predicts the permutation between them."),
     System("M27", "REPAIR", "2.2.2.3", "alignment", "Jordan et al., ICLR 2023, arXiv:2211.08403",
-           "Rescales units of an interpolated network so that their statistics are those of its ends."),
+           "Rescales units of an interpolated network so that their statistics are those of its ends.",
+           entry="weft.calibrate.repair:repair",
+           test="tests/systems/test_calibration.py::test_repair_lifts_the_midpoint_of_independent_networks"),
     System("M28", "C2M3", "2.2.2.3", "alignment", "Crisostomi et al., NeurIPS 2024, arXiv:2405.17897",
            "Matches many models through one universe, so that the permutations agree around every cycle."),
 )  # fmt: skip

@@ -16,5 +16,7 @@ SYSTEMS = (
            aliases=("S62",)),
     System("M60", "Representation Surgery", "2.2.3.5", "training",
            "Yang et al., ICML 2024, arXiv:2402.02705",
-           "A small module a task that pulls the merged model's features back to the expert's."),
+           "A small module a task that pulls the merged model's features back to the expert's.",
+           entry="weft.calibrate.surgery:surgery",
+           test="tests/systems/test_calibration.py::test_surgery_brings_a_merge_near_its_experts"),
 )  # fmt: skip
