@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from weft.llm.tokens.transplant import transplant
     from weft.llm.upscale import expanded, upscaled
     from weft.recipes.build import build
+    from weft.routing.build import route
     from weft.statistics.measure import measure
     from weft.train.loop import finetune
 
@@ -48,7 +49,7 @@ _API = {"load": "weft.api", "merge": "weft.api", "save": "weft.api", "materializ
         "pack_delta": "weft.deltas.pack", "pack_family": "weft.deltas.family",
         "layers": "weft.llm.slices", "stacked": "weft.llm.slices", "shuffled": "weft.llm.shuffle",
         "analyze": "weft.analysis.analyze", "upscaled": "weft.llm.upscale", "expanded": "weft.llm.upscale",
-        "finetune": "weft.train.loop", "measure": "weft.statistics.measure",
+        "finetune": "weft.train.loop", "route": "weft.routing.build", "measure": "weft.statistics.measure",
         "WeftError": "weft.errors", "DataError": "weft.errors", "UsageError": "weft.errors"}  # fmt: skip
 
 __all__ = [
@@ -76,6 +77,7 @@ __all__ = [
     "pack_family",
     "reduce_experts",
     "resize_lora",
+    "route",
     "save",
     "search",
     "share_vocabulary",

@@ -77,12 +77,12 @@ class Document:
             "aliases": self.aliases,
             "removed": list(self.removed),
             "dropped_files": list(self.dropped_files),
-            "tensors": {name: _told(entry) for name, entry in self.tensors.items()},
+            "tensors": {name: told_entry(entry) for name, entry in self.tensors.items()},
         }
         return (json.dumps(told, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def _told(entry: Entry) -> dict[str, Any]:
+def told_entry(entry: Entry) -> dict[str, Any]:
     scheme = entry.scheme
     told = {"scheme": scheme.kind} | {f.name: getattr(scheme, f.name) for f in fields(scheme)}  # type: ignore[arg-type]
     return told if entry.dtype is None else told | {"dtype": dtype_name(entry.dtype)}
@@ -104,7 +104,7 @@ def parse_document(data: bytes, where: str, limits: Limits = DEFAULT_LIMITS) -> 
         problems = _problems(found, limits)
     entries: dict[str, Entry] = {}
     for name, told in found["tensors"].items() if not problems else ():
-        entry = _entry(told)
+        entry = parse_entry(told)
         if isinstance(entry, Entry):
             entries[name] = entry
         else:
@@ -146,12 +146,12 @@ def _problems(found: Mapping[str, Any], limits: Limits) -> list[str]:
     return problems + [f"the name {shown(name)} {why}" for name, why in wrong if why]
 
 
-def _entry(told: object) -> Entry | str:
+def parse_entry(told: object, schemes: Mapping[str, type] = SCHEMES) -> Entry | str:
     """The entry, or what is wrong with it."""
     if not isinstance(told, dict):
         return "is no object"
     kind = told.get("scheme")
-    made = SCHEMES.get(kind) if isinstance(kind, str) else None
+    made = schemes.get(kind) if isinstance(kind, str) else None
     if made is None:
         return f"the scheme {shown(kind)} is not known"
     dtype = _DTYPES.get(told["dtype"]) if isinstance(told.get("dtype"), str) else None
