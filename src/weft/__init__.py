@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from weft._version import __version__
 
 if TYPE_CHECKING:
+    from weft import align, learn
     from weft.adapters.apply import apply_adapters
     from weft.adapters.extract import extract_lora
     from weft.adapters.merge import merge_adapters
@@ -52,12 +53,16 @@ _API = {"load": "weft.api", "merge": "weft.api", "save": "weft.api", "materializ
         "finetune": "weft.train.loop", "route": "weft.routing.build", "measure": "weft.statistics.measure",
         "WeftError": "weft.errors", "DataError": "weft.errors", "UsageError": "weft.errors"}  # fmt: skip
 
+_VERBS = ("align", "learn")
+"""Packages that can be called."""
+
 __all__ = [
     "Checkpoint",
     "DataError",
     "UsageError",
     "WeftError",
     "__version__",
+    "align",
     "analyze",
     "apply_adapters",
     "build",
@@ -67,6 +72,7 @@ __all__ = [
     "extract_lora",
     "finetune",
     "layers",
+    "learn",
     "load",
     "match_experts",
     "materialize",
@@ -94,6 +100,8 @@ def __getattr__(name: str) -> Any:
 
     if name in _API:
         return getattr(import_module(_API[name]), name)
+    if name in _VERBS:
+        return import_module(f"weft.{name}")
     if not name.startswith("_"):
         from weft.methods.registry import METHODS
         from weft.methods.step import STEPS

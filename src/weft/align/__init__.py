@@ -1,1 +1,45 @@
-"""Before merging: a network's symmetries, found, and two networks brought into one order by them."""
+"""Before merging: a network's symmetries, found, and two networks brought into one order by them.
+
+    aligned = weft.align(b, to=a)                          # a lazy checkpoint
+    merged = weft.merge([a, aligned], "linear")
+    spec = weft.align.discover(module, example_inputs)     # print it, spec.save(path), edit it
+    spec.apply(b, weft.align.weight_matching(spec, a, b))  # the same, step by step
+
+The package is the verb itself: calling it calls `weft.align.verb.align`.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+_WHERE = {
+    "Group": "spec", "Node": "spec", "PermutationSpec": "spec", "Permuted": "apply", "agreement": "weights",
+    "discover": "discovery", "preserved": "discovery", "reordered": "apply", "spec_of": "verb",
+    "weight_matching": "weights",
+}  # fmt: skip
+
+__all__ = [
+    "Group", "Node", "PermutationSpec", "Permuted", "agreement", "discover", "preserved", "reordered", "spec_of",
+    "weight_matching",
+]  # fmt: skip
+
+
+class _Verb(ModuleType):
+    """A module that can be called, since importing any file of the package names it `weft.align`."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from weft.align.verb import align
+
+        return align(*args, **kwargs)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(import_module(f"weft.align.{_WHERE[name]}"), name)
+    raise AttributeError(f"module 'weft.align' has no attribute {name!r}")
+
+
+sys.modules[__name__].__class__ = _Verb

@@ -93,6 +93,16 @@ def reorder(values: Tensor, where: Places, rows: Tensor | None = None) -> Tensor
     return values
 
 
+def gathered(
+    source: Checkpoint, name: str, rows: Tensor, length: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    """These rows of a tensor, flat, each run of neighbours in one read; `length`: elements in a row."""
+    cuts = [0, *((rows.diff() != 1).nonzero().flatten() + 1).tolist(), len(rows)]
+    runs = [(int(rows[a]), int(rows[b - 1]) + 1) for a, b in pairwise(cuts)]
+    parts = [source.read(name, a * length, b * length, dtype=dtype) for a, b in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def reordered(
     state: Mapping[str, Tensor], spec: PermutationSpec, permutations: Permutations
 ) -> dict[str, Tensor]:
@@ -162,16 +172,13 @@ class Permuted(Derived):
         return reorder(values, where, rows).reshape(-1)
 
     def _rows(self, name: str, rows: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """The source's rows that come to stand at `rows`: each run of neighbours in one read."""
-        row, there = self._row(name), self._where(name)[0]
+        """The source's rows that come to stand at `rows`."""
+        there = self._where(name)[0]
         wanted = rows if there is None else there.flatten()[rows]
-        cuts = [0, *((wanted.diff() != 1).nonzero().flatten() + 1).tolist(), len(wanted)]
-        runs = [(int(wanted[a]), int(wanted[b - 1]) + 1) for a, b in pairwise(cuts)]
-        parts = [self.first.read(name, a * row, b * row, dtype=dtype) for a, b in runs]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return gathered(self.first, name, wanted, self._row(name), dtype)
 
     def prefetch(self, name: str, start: int = 0, stop: int | None = None) -> None:
-        if self._where(name)[0] is None and not self._whole(name):
+        if not self._moves(name) or (not self._whole(name) and self._where(name)[0] is None):
             self.first.prefetch(name, start, stop)
 
     def working_bytes(self, name: str, count: int) -> int:

@@ -142,6 +142,18 @@ class Dims:
         for member in members:
             self.tie(member, b)
 
+    def collapse(self, family: Dim) -> None:
+        """Make it the same for every part of what it varies with."""
+        family = find(family)
+        if family.family is None:
+            return
+        first, *others = family.family[1]
+        for other in others:
+            self.tie(first, other)
+        if not _inside(first, family):
+            family.family = None
+            family.link = find(first)
+
     def _tie_products(self, a: Dim, b: Dim) -> None:
         left, right = factors(a), factors(b)
         while left and right:
@@ -290,6 +302,19 @@ def factors(d: Dim) -> list[Dim]:
     """The factors of a product, nested ones opened."""
     d = find(d)
     return [d] if d.factors is None else [g for f in d.factors for g in factors(f)]
+
+
+def alike(a: Dim, b: Dim) -> bool:
+    """Whether two dims are one, or made of the same ones in the same way."""
+    a, b = find(a), find(b)
+    if a is b:
+        return True
+    kinds = [(d.factors is not None, d.parts is not None, d.family is not None) for d in (a, b)]
+    if a.leaf or kinds[0] != kinds[1] or len(a.children()) != len(b.children()):
+        return False
+    if a.family is not None and b.family is not None and find(a.family[0]) is not find(b.family[0]):
+        return False
+    return all(alike(x, y) for x, y in zip(a.children(), b.children(), strict=True))
 
 
 def _cuts(d: Dim) -> list[int]:

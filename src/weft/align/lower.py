@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
-from weft.align.dims import Dim, Dims, factors, find
+from weft.align.dims import Dim, Dims, alike, factors, find
 from weft.align.spec import Axis, Group, Node, PermutationSpec
-from weft.align.terms import Chain, Term, chain, groups_in, product
+from weft.align.terms import Chain, Term, chain, groups_in, product, written
 from weft.align.trace import Row, Trace
 
 At = Mapping[Dim, int]
 """The part of each chain that is spoken of."""
 
 
-def lowered(trace: Trace, state: Mapping[str, Row]) -> PermutationSpec:
-    """The specification for tensors whose axes are `state`."""
-    return _Lowering(trace, state).spec()
+def lowered(trace: Trace, state: Mapping[str, Row], ties: Mapping[str, str]) -> PermutationSpec:
+    """The specification for tensors whose axes are `state`; `ties`: other names of one tensor."""
+    return replace(_Lowering(trace, state).spec(), ties=dict(ties))
 
 
 class _Lowering:
@@ -34,9 +35,7 @@ class _Lowering:
             for row in self.state.values():
                 for d in row:
                     for family in _loose(d, frozenset()):
-                        assert family.family is not None
-                        for member in family.family[1][1:]:
-                            dims.tie(family.family[1][0], member)
+                        dims.collapse(family)
                         changed = True
             used = {leaf for row in self.trace.used for d in row for leaf in leaves(d)}
             for name, row in self.state.items():
@@ -122,8 +121,6 @@ class _Lowering:
                 term = self.term(d, {})
                 here = set(groups_in(term))
                 side = "input" if seen.side == "input" else "output"
-                from weft.align.terms import written
-
                 made = Node(seen.module, side, k, str(written(term)))  # type: ignore[arg-type]
                 for leaf in set(leaves(d)):
                     name = self.names.get(leaf)
@@ -172,18 +169,21 @@ def _depends(d: Dim, over: Dim) -> bool:
 
 def _differs(family: Dim) -> bool:
     assert family.family is not None
-    return len({id(find(m)) for m in family.family[1]}) > 1
+    first, *others = family.family[1]
+    return not all(alike(first, other) for other in others)
 
 
 def _loose(d: Dim, known: frozenset[Dim]) -> Iterator[Dim]:
     """Families that vary with a chain that does not stand before them along the same axis."""
     d = find(d)
     if d.family is not None:
-        if _differs(d) and find(d.family[0]) not in known:
+        over = find(d.family[0])
+        if _differs(d) and over not in known:
             yield d
             return
-        for member in d.family[1]:
-            yield from _loose(member, known)
+        for j, member in enumerate(d.family[1]):
+            part = find(over.parts[j]) if over.parts is not None else over
+            yield from _loose(member, known | {part} if part.parts is not None else known)
     elif d.factors is not None:
         for f in factors(d):
             yield from _loose(f, known)

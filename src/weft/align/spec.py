@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -67,9 +68,13 @@ class PermutationSpec:
     axes: Mapping[str, tuple[Axis, ...]]
     notes: tuple[str, ...] = field(default=(), compare=False)
     """What could not be followed and so stays where it is."""
+    ties: Mapping[str, str] = field(default_factory=dict)
+    """Tensors that the network has under several names: other name → first name."""
 
     def __post_init__(self) -> None:
         problems = [*_bad_groups(self.groups), *_bad_axes(self.groups, self.axes)]
+        problems += [f"{n}: tied to {t!r}, which has other axes or none" for n, t in self.ties.items()
+                     if self.axes.get(n, ()) != self.axes.get(t)]  # fmt: skip
         if problems:
             raise Problems("this permutation specification contradicts itself", problems)
 
@@ -191,9 +196,12 @@ class PermutationSpec:
 
     def check(self, model: Checkpoint) -> None:
         """DataProblems naming every tensor that is missing, not in the specification, or of another shape."""
+        held = {*model, *model.aliases}
+        firsts = {self.ties.get(n, n) for n in held}
         problems = [
-            f"{n}: not in {model.origin}" for n in self.axes if n not in model and n not in model.aliases
-        ]
+            f"{n}: not in {model.origin}"
+            for n in self.axes if n not in held and self.ties.get(n, n) not in firsts
+        ]  # fmt: skip
         for name, info in model.tensors.items():
             if name not in self.axes:
                 problems.append(f"{name}: the specification says nothing of it")
@@ -233,7 +241,7 @@ class PermutationSpec:
             n: {k: v for k, v in asdict(g).items() if v not in ((), False)} for n, g in self.groups.items()
         }
         axes = {n: [written(t) for t in row] for n, row in self.axes.items()}
-        return {"groups": groups, "axes": axes, "notes": list(self.notes)}
+        return {"groups": groups, "axes": axes, "ties": dict(self.ties), "notes": list(self.notes)}
 
     def text(self) -> str:
         """JSON, one group and one tensor a line, to be kept and edited."""
@@ -242,8 +250,21 @@ class PermutationSpec:
         for part in ("groups", "axes"):
             rows = [f"    {json.dumps(n)}: {json.dumps(v)}" for n, v in data[part].items()]
             blocks.append(f'  "{part}": {{\n' + ",\n".join(rows) + "\n  }")
-        blocks.append(f'  "notes": {json.dumps(data["notes"])}')
+        blocks += [f'  "{part}": {json.dumps(data[part])}' for part in ("ties", "notes")]
         return "{\n" + ",\n".join(blocks) + "\n}\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write `text()` to a file."""
+        Path(path).write_text(self.text(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> PermutationSpec:
+        """A specification from a file that `save` wrote and that may have been edited."""
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}") from None
+        return cls.from_json(data, str(path))
 
     @classmethod
     def from_json(cls, data: Any, origin: str = "the specification") -> PermutationSpec:
@@ -258,7 +279,8 @@ class PermutationSpec:
                 str(n): tuple(None if t is None else parsed(t) for t in row)
                 for n, row in data["axes"].items()
             }
-            return cls(groups, axes, tuple(map(str, data.get("notes", ()))))
+            ties = {str(n): str(t) for n, t in data.get("ties", {}).items()}
+            return cls(groups, axes, tuple(map(str, data.get("notes", ()))), ties)
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{origin} is no permutation specification: {shown(str(error))}; it needs "
                             '"groups" and "axes" as spec.text() writes them') from None  # fmt: skip
@@ -285,6 +307,9 @@ def _bad_groups(groups: Mapping[str, Group]) -> Iterator[str]:
                 yield f"{name}: is within {outer!r}, which is no group"
             elif outer not in seen:
                 yield f"{name}: stands before {outer!r}, which it is within"
+            for further in groups[outer].within if outer in groups else ():
+                if further not in g.within:
+                    yield f"{name}: is within {outer!r} and so within {further!r} too, which must be listed"
         seen.add(name)
 
 

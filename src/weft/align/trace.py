@@ -3,7 +3,7 @@
 A mode of torch sees each elementary operation (about a hundred kinds, whatever code makes the calls), so nothing
 need be known of the architecture, and control flow that depends on data is no obstacle. A rule for each kind of
 operation ties axes together (operations.py, shaping.py). What no rule is known for fixes all its axes: the result
-has less symmetry, never a wrong one. On the meta device nothing is computed.
+has less symmetry, never a wrong one. With weights on the meta device nothing is computed from them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -138,6 +139,7 @@ class Following(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 given[a.name] = a.default_value
         for t in before:  # before an operation in place changes a shape
             self.trace.row(t)
+        args, kwargs = _placed(args, kwargs, any(t.is_meta for t in before))
         out = func(*args, **kwargs)
         results = [v for v in pytree.tree_leaves(out) if isinstance(v, Tensor)]
         name = func._schema.name.partition("::")[2]
@@ -152,3 +154,13 @@ class Following(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 assert [find(d).size for d in made] == list(tensor.shape), (name, made, tensor.shape)
                 self.trace.set(tensor, made)
         return out
+
+
+def _placed(args: Any, kwargs: dict[str, Any], ghostly: bool) -> tuple[Any, dict[str, Any]]:
+    """Arguments on one device. What depends on no weight (token ids, positions, masks) is computed even where the
+    weights are on the meta device, since the network's course may depend on it."""
+    if isinstance(kwargs.get("device"), torch.device) and kwargs["device"].type in ("meta", "cpu"):
+        kwargs = kwargs | {"device": torch.device("meta" if ghostly else "cpu")}
+    if ghostly:
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
+    return args, kwargs

@@ -37,8 +37,8 @@ def discover(
     """Which axes of which tensors of `module` must be permuted together for it to compute the same.
 
     `example_inputs`: a tensor, a tuple of arguments or a mapping of keyword arguments, of which values matter only
-    where the network's course depends on them; without them, token ids for models of transformers and random
-    numbers for networks that begin with a linear map or convolution. `outputs(result)` picks what must stay the
+    where the network's course depends on them; without them, what models of transformers take, and random numbers
+    for networks that begin with a linear map. `outputs(result)` picks what must stay the
     same: by default the logits, or all there is. The module is run once in evaluation mode; if it is on the meta
     device, nothing is computed.
 
@@ -76,7 +76,9 @@ def discover(
     for t in pytree.tree_leaves((outputs or _logits)(result)):
         if isinstance(t, Tensor):
             trace.fix(trace.row(t), "an output of the network")
-    return lowered(trace, {n: state[n] for n in kept if n in state})
+    first: dict[int, str] = {}
+    ties = {n: first[id(names[n])] for n in state if first.setdefault(id(names[n]), n) != n}
+    return lowered(trace, {n: state[n] for n in kept if n in state}, ties)
 
 
 def preserved(
@@ -110,7 +112,8 @@ def _logits(result: Any) -> Any:
 def _call(module: nn.Module, given: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     given = _guessed(module) if given is None else given
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    given = pytree.tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, given)
+    if device.type != "meta":
+        given = pytree.tree_map_only(Tensor, lambda t: t.to(device), given)
     if isinstance(given, Mapping):
         return (), dict(given)
     return (tuple(given), {}) if isinstance(given, tuple | list) else ((given,), {})
@@ -122,10 +125,9 @@ def _guessed(module: nn.Module) -> Inputs:
             given = {"input_ids": torch.arange(2, 10).reshape(2, 4)}
             decoder = bool(getattr(module.config, "is_encoder_decoder", False))
             return given | ({"decoder_input_ids": given["input_ids"]} if decoder else {})
-        raise UsageError(
-            f"{type(module).__name__} takes {module.main_input_name}: "
-            f"give example_inputs={{{module.main_input_name!r}: …}}"
-        )
+        from weft.llm.forward import sample_inputs
+
+        return sample_inputs(module)
     first = next((m for m in module.modules() if next(m.parameters(recurse=False), None) is not None), None)
     if isinstance(first, nn.Linear):
         return torch.randn(2, first.in_features, generator=torch.Generator().manual_seed(0))
