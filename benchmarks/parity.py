@@ -48,7 +48,10 @@ def theirs(case: Case, text: str, folder: Path, python: Path) -> dict[str, Tenso
         str(recipe),
         *flags,
     ]
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONHASHSEED": "0",
+    }
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
         return (done.stderr.strip().splitlines() or ["failed"])[-1].replace(f"{folder}/", "")

@@ -66,6 +66,7 @@ def parts(model: Checkpoint, found: Layout | None = None, shared: str = "") -> d
         prefix = next((p for p in prefixes if name.startswith(p)), None)
         (loose if prefix is None else owned[prefix]).append(name)
     language = [p for p in prefixes if not is_tower(p)] or prefixes
+    language.sort(key=lambda p: "decoder" in p)  # files list tensors by the alphabet; heads are the decoder's
     for name in [] if shared else loose:
         owned[language[-1 if after_blocks(name) else 0]].append(name)
     made = [Part(_called(p, prefixes), p, tuple(owned[p]), _stack(p, found)) for p in prefixes]

@@ -13,7 +13,8 @@ SYSTEMS = (
            test=TESTS + "test_an_ensemble_is_an_upper_reference_that_averages_of_strangers_do_not_reach"),
     System("M02", "MergeKit (its recipes run unchanged)", "2.1", "platform",
            "Goddard et al., arXiv:2403.13257",
-           "Merges language models by recipe. Recipes of whole models run; slices do not yet."),
+           "Merges language models by recipe. Its recipes run unchanged, and give its tensors where it is right.",
+           entry="weft.recipes.build:build", test="tests/parity/test_goldens.py::test_equal"),
     System("M03", "FusionBench (its methods on any module, its suites)", "2.1", "platform",
            "Tang et al., arXiv:2406.03280", "Runs merging algorithms over pools of models and tasks."),
 )  # fmt: skip
