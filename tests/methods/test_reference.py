@@ -7,6 +7,7 @@ import hashlib
 import numpy as np
 import pytest
 import torch
+from gram_cases import GRAM
 from made_up import made_up
 from measured_cases import MEASURED
 from spectral_cases import SPECTRAL
@@ -268,6 +269,7 @@ CASES = [
     ("nearswap", {"t": 0.5}, lambda x: np.minimum(0.5 / np.abs(x[0]), 1) * x[0]),
     *SPECTRAL,
     *MEASURED,
+    *GRAM,
 ]  # fmt: skip
 
 
@@ -310,6 +312,7 @@ ELSEWHERE = {
     "scope": "test_streaming.py::test_scope",
     "tie": "test_laws.py::test_tie",
     "select_of": "test_laws.py::test_select_of",
+    "diagonal": "test_gram.py::test_tables_and_scales_by_their_diagonal",
     "outside": "test_spectral.py::test_outside_the_blocks",
     "clip": "test_spectral.py::test_rank_is_told_from_rounding",
     "quartiles": "test_mergekit_compat.py::test_arcee_fusion_takes_the_lower_of_two_neighbours",

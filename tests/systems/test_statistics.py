@@ -87,6 +87,20 @@ def test_matching_in_task_subspaces_beats_averaging_by_the_diagonal(known: list[
         assert one.score(one.merged("mats", iterations=0)) < few < matched
 
 
+def test_regression_on_inputs_needs_no_labels_and_comes_close_to_the_experts(known: list[Known]) -> None:
+    """RegMean from inputs alone: far above the average and Fisher information; off-diagonals do it."""
+    for one in known:
+        experts = sum(score(m, t) for t, m in one.world.experts.items()) / len(one.world.experts)
+        fitted = one.score(one.merged("regmean", base=False))
+        assert fitted > one.averaged + 0.1
+        assert fitted > one.score(one.merged("fisher", base=False)) + 0.02
+        assert fitted > experts - 0.06
+        assert fitted > one.score(one.merged("regmean", base=False, off_diagonal=0.1)) + 0.01
+        # LOT, the same without shrinking; data-free kin come close
+        assert one.score(one.merged("lot")) > experts - 0.05
+        assert one.score(weft.merge(one.world.all, "swudi_a", base=one.world.base)) > experts - 0.08
+
+
 def test_gradient_matching_needs_no_scale(known: list[Known]) -> None:
     """The Hessian of the whole loss: sizes and the base's own term count, and a large δ gives Σ τ back."""
     for one in known:

@@ -11,6 +11,7 @@ from weft.methods import (
     della,
     esm,
     fisher,
+    gram,
     iso,
     knots,
     lines,
@@ -20,6 +21,7 @@ from weft.methods import (
     nearswap,
     pcb,
     ram,
+    regmean,
     sce,
     spectral,
     spherical,
@@ -29,6 +31,7 @@ from weft.methods import (
     ties,
     tsv,
     ubgm,
+    wudi,
 )
 
 __all__ = [
@@ -42,6 +45,7 @@ __all__ = [
     "della",
     "esm",
     "fisher",
+    "gram",
     "iso",
     "knots",
     "lines",
@@ -51,6 +55,7 @@ __all__ = [
     "nearswap",
     "pcb",
     "ram",
+    "regmean",
     "sce",
     "spectral",
     "spherical",
@@ -60,4 +65,5 @@ __all__ = [
     "ties",
     "tsv",
     "ubgm",
+    "wudi",
 ]

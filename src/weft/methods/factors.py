@@ -94,7 +94,7 @@ def decompose(t: Tensor, most: int | None = None, tol: float = RANK_TOL) -> Trip
         return Triplets(t[:, :0], t.new_zeros(0), t[:0].T)
     if m <= SMALL:
         return _by_svd(t, limit, tol)
-    found = _low_rank(t, tol)
+    found = low_rank(t, tol)
     if found is None:
         found = _by_gram(t, limit, tol)
     return (found if found is not None else _by_svd(t, limit, tol)).first(limit)
@@ -136,8 +136,8 @@ def _leading(gram: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
     return (values, vectors) if bool((residual <= 1e-6 * values[0]).all()) else None
 
 
-def _low_rank(t: Tensor, tol: float) -> Triplets | None:
-    """All triplets above tol, where they are at most a quarter of the shorter side (less a few)."""
+def low_rank(t: Tensor, tol: float = RANK_TOL) -> Triplets | None:
+    """All triplets of t [m, n] above tol, where they are at most a quarter of the shorter side (less a few)."""
     m, n = t.shape
     width = _SKETCH
     while 4 * width <= m:

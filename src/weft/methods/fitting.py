@@ -48,7 +48,7 @@ def check_fit(merge: Merge, measured: Measured) -> None:
     problems: list[str] = []
     for name in merge.merged_names():
         part = merge.part(name)
-        for need in merge.pipeline(name).needs:
+        for need in merge.declared(name).needs:
             if need.tensorwise:
                 problems += _problems(measured, need, name, part.info.shape, part.sources)
     models = [*merge.models[: len(measured.models)], merge.base]

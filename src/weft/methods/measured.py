@@ -11,7 +11,8 @@ Statistics are checkpoints (see weft.statistics): a tensor `"{kind}/{name}"` say
 
 With a question mark (`"base_gram?"`) it may be absent altogether. Kinds in `ELEMENTWISE` have the weight's shape
 and come as the same range as the values, in float64; all others come whole, as they are stored (a Gram matrix in
-float32 takes half the memory), for the step to widen as it adds them up.
+float32 takes half the memory), for the step to widen as it adds them up. A step declared `one_by_one` gets `Whole`
+for them, which reads each model's when it is asked for.
 
 Layouts: a Gram matrix is `[d, d]` over the d inputs of one output (`in·kh·kw` of a convolution), or `[b, d, d]` for
 weights made of b blocks (groups, fused experts); of an embedding it is its diagonal `[V]`. `At.transposed` tells
@@ -36,6 +37,7 @@ from weft.methods.stats import fold, tile_sums
 
 if TYPE_CHECKING:
     from weft.methods.merge import Merge
+    from weft.methods.step import Step
 
 
 def about(statistics: Checkpoint) -> Mapping[str, Any]:
@@ -71,6 +73,18 @@ def at_hand(
     return found
 
 
+class Whole:
+    """One statistic of all models, read a model at a time: as the stack [k, …] that need never be in memory."""
+
+    def __init__(self, held: Sequence[tuple[Checkpoint, str]]) -> None:
+        source, key = held[0]
+        self._held, self._one = list(held), source.info(key).shape
+        self.shape = (len(held), *self._one)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return read(*self._held[i]).reshape(self._one)
+
+
 class Measured:
     """The statistics of a merge's models and base, checked against them when made."""
 
@@ -78,7 +92,7 @@ class Measured:
         self.models, self.base = tuple(models), base
         self.all = self.models if base is None else (*self.models, base)
         names = merge.merged_names() if merge.method.needs else []
-        self.needs = tuple(dict.fromkeys(n for m in names for n in merge.pipeline(m).needs))
+        self.needs = tuple(dict.fromkeys(n for m in names for n in merge.declared(m).needs))
         self._norms: dict[str, Tensor] = {}
         told = [about(s) for s in self.all]
         self._samples = [t.get("samples") for t in told]
@@ -131,11 +145,17 @@ class Measured:
         """Tensors of which what the method must have was not measured, with the reason."""
         found = {}
         for name in merge.merged_names():
-            needs = [n for n in merge.pipeline(name).needs if not n.optional and n.tensorwise]
+            needs = [n for n in merge.declared(name).needs if not n.optional and n.tensorwise]
             lacking = [n.kind for n in needs if not self.holders(n, name)]
             if lacking:
                 found[name] = f"no {' and no '.join(dict.fromkeys(lacking))} measured"
         return found
+
+    def shapes(self, merge: Merge, name: str, needs: Iterable[Need]) -> dict[str, tuple[int, ...]]:
+        """Of which of the needs there is a statistic of a tensor, and its shape."""
+        sources = merge.part(name).sources
+        held = {n.keyword: self.holders(n, name, sources) for n in needs if n.tensorwise}
+        return {k: tuple(h[0][0].info(h[0][1]).shape) for k, h in held.items() if h}
 
     def ready(self, merge: Merge, name: str) -> None:
         """Do what must precede the reads of a tensor's statistics."""
@@ -170,21 +190,23 @@ class Measured:
 
         Of what comes whole, one more and a sum of all in float64: steps widen them one by one.
         """
-        total = widest = 0
+        total = widest = longest = 0
+        single = all(b.step.one_by_one for b in merge.pipeline(name).steps if b.step.needs)
         for source, key in self._read_of(merge, name):
             info, elementwise = source.info(key), key.partition("/")[0] in ELEMENTWISE
             n = count if elementwise else info.numel
-            total += n * (16 if elementwise else 2 * info.dtype.itemsize) + source.working_bytes(key, n)
+            own = n * (16 if elementwise else 2 * info.dtype.itemsize) + source.working_bytes(key, n)
+            total, longest = total + own, max(longest, own)
             widest = max(widest, 0 if elementwise else n)
-        return total + 16 * widest
+        return longest + 8 * widest if single else total + 16 * widest
 
     def keywords(
-        self, merge: Merge, name: str, needs: Sequence[Need], start: int, stop: int, view: tuple[int, ...]
+        self, merge: Merge, name: str, step: Step, start: int, stop: int, view: tuple[int, ...]
     ) -> dict[str, Any]:
         """What a step gets of its needs for elements [start, stop), which it sees in the shape `view`."""
         found: dict[str, Any] = {}
         sources = merge.part(name).sources
-        for need in needs:
+        for need in step.needs:
             if need.norm:
                 norms = self._norms[need.keyword]  # empty where the merge was given no such statistics
                 found[need.keyword] = (
@@ -196,6 +218,9 @@ class Measured:
                 found[need.keyword] = torch.tensor(counts).double() if None not in counts and counts else None
                 continue
             held = self.holders(need, name, sources)
+            if held and step.one_by_one and not need.elementwise and not need.of_base:
+                found[need.keyword] = Whole(held)
+                continue
             if need.kind in ELEMENTWISE:
                 values = [read(s, key, start, stop).double().reshape(view) for s, key in held]
             else:

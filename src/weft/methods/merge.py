@@ -24,7 +24,7 @@ from weft.methods.layers import block_of, count_layers
 from weft.methods.measured import Measured
 from weft.methods.parts import Part, parts_of, stored_name
 from weft.methods.registry import Method
-from weft.methods.step import At, Bound, Pipeline, row_length
+from weft.methods.step import At, Bound, Pipeline, Shapes, row_length
 
 Missing = Literal["error", "carry", "available"]
 Mismatch = Literal["error", "carry"]
@@ -86,6 +86,7 @@ class Merge(Checkpoint):
         self._tensors = {n: p.info for n, p in self._parts.items()}
         self._layers = count_layers(self._parts)
         self._pipelines: dict[str, Pipeline] = {}
+        self._declared: dict[str, Pipeline] = {}
         self._found: dict[tuple[str, int], Found] = {}
         self._held: dict[str, list[Tensor | None]] = {}
         self._lock = threading.RLock()
@@ -140,16 +141,27 @@ class Merge(Checkpoint):
         return At(name, shape, 0, self.seed, layer, layers, turned)
 
     def pipeline(self, name: str) -> Pipeline:
-        """The steps that make one tensor, parameters resolved."""
+        """The steps that make one tensor, parameters resolved, in their simplest form for it."""
         if name not in self._pipelines:
+            at, steps = self.at(name), self.declared(name).steps
+            self._pipelines[name] = Pipeline(tuple(b.simplest(at, self.known(name, b)) for b in steps))
+        return self._pipelines[name]
+
+    def known(self, name: str, bound: Bound) -> Shapes:
+        """The shapes of what was measured of a tensor for a step."""
+        return {} if self.measured is None else self.measured.shapes(self, name, bound.step.needs)
+
+    def declared(self, name: str) -> Pipeline:
+        """The method's own steps for one tensor, whatever was measured of it."""
+        if name not in self._declared:
             params = dict(self._params(self.at(name)))
             sources = self._parts[name].sources
             if len(sources) < len(self.models):  # a list of weights is a list over the models that take part
                 for key, value in params.items():
                     if isinstance(value, list | tuple) and len(value) == len(self.models):
                         params[key] = [value[i] for i in sources]
-            self._pipelines[name] = self.method.pipeline(**params)
-        return self._pipelines[name]
+            self._declared[name] = self.method.pipeline(**params)
+        return self._declared[name]
 
     def grain(self, name: str) -> int:
         part = self.part(name)
@@ -213,17 +225,11 @@ class Merge(Checkpoint):
             return part.carried_from.working_bytes(stored_name(part.carried_from, name), count)
         sources = self._sources(name)
         inner = sum(s.working_bytes(stored_name(s, name), count) for s in sources)
-        # the stack, and what the steps make of it: a few float64 copies (measured: below five a step)
-        tables = max(
-            (
-                b.step.stat.table_bytes(len(part.sources), b.params)
-                for b in self.pipeline(name).steps
-                if b.step.stat
-            ),
-            default=0,
-        )
+        k, steps = len(part.sources), self.pipeline(name).steps
+        made = max((b.workspace(part.info.shape, k, self.known(name, b), count) for b in steps), default=0)
+        tables = max((b.step.stat.table_bytes(k, b.params) for b in steps if b.step.stat), default=0)
         measured = 0 if self.measured is None else self.measured.working_bytes(self, name, count)
-        return inner + count * 8 * (5 * len(part.sources) + 4) + tables + measured
+        return inner + count * 8 * (k + 1) + made + tables + measured
 
     def identity(self) -> str | None:
         inner, measured = super().identity(), "" if self.measured is None else self.measured.identity()
@@ -311,7 +317,7 @@ class Merge(Checkpoint):
             found = self.found(name, j)
             shape = {"element": (n,), "row": (-1, row_length(at.shape)), "tensor": at.shape}[bound.grain]
             if self.measured is not None:
-                found = found | self.measured.keywords(self, name, bound.step.needs, start, start + n, shape)
+                found = found | self.measured.keywords(self, name, bound.step, start, start + n, shape)
             models = () if reduced else (x.shape[0],)
             b = None if base is None else base.reshape(shape)
             x = bound.step.run(x.reshape(*models, *shape), bound.params, found, at, b)

@@ -6,7 +6,10 @@ It maps the stack to a stack, or reduces it to `[*shape]`. It declares
 - `grain`: whether it may see any range of elements, whole rows, or only the whole tensor;
 - `stat`: a statistic of the stack over the tensor or the whole model that must be known first. The engine
   gathers it in a streaming pass; a direct call gathers it from the tensor at hand;
-- `needs`: what must have been measured on data (see measured.py), such as `("fisher",)`.
+- `needs`: what must have been measured on data (see measured.py), such as `("fisher",)`; with `one_by_one` a
+  statistic that comes whole is read a model at a time, when the step asks for it;
+- `simpler`: what the step comes to for some tensors, as a step that streams better;
+- `workspace`: bytes it holds beside the values, where that is not a few times their size.
 
 `trim(x, density=0.2)` runs the step; `trim(density=0.2)` binds it, and bound steps compose with `|` into a
 pipeline, which is again callable on tensors.
@@ -33,6 +36,8 @@ from weft.methods.stats import Stat
 
 Grain = Literal["element", "row", "tensor"]
 Statistics = Mapping[str, Tensor | None]
+Shapes = Mapping[str, tuple[int, ...]]
+"""What was measured of a tensor: the shape of each statistic by its keyword."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,12 @@ class Step:
         stat: Stat | None,
         reduces: bool,
         needs: Sequence[str] = (),
+        one_by_one: bool = False,
+        simpler: Callable[[Mapping[str, Any], At, Shapes], Bound | None] | None = None,
+        workspace: Callable[[tuple[int, ...], int, Shapes], int] | None = None,
     ) -> None:
         self.fn, self.name, self.stat, self.reduces = fn, fn.__name__, stat, reduces
+        self.one_by_one, self.simpler, self.workspace = one_by_one, simpler, workspace
         self.needs = tuple(map(Need.parse, needs))
         self._grain = grain
         self.__doc__ = fn.__doc__
@@ -161,19 +170,27 @@ def step(
     stat: Stat | None = None,
     reduces: bool = False,
     needs: Sequence[str] = (),
+    one_by_one: bool = False,
+    simpler: Callable[[Mapping[str, Any], At, Shapes], Bound | None] | None = None,
+    workspace: Callable[[tuple[int, ...], int, Shapes], int] | None = None,
 ) -> Callable[[Callable[..., Tensor]], Step]:
     """Declare a function `(x: [k, *shape], *, params…) -> Tensor` as a step.
 
     Keywords named `at` (an `At`) and `base` (the base's values, `[*shape]`) are filled in by whoever runs
     the step; those that `stat` provides come from the statistic, those in `needs` from what was measured
     (measured.py). With grain "row", x comes as
-    `[k, rows, row_length]`; with "tensor" as `[k, *shape]`; with "element" in any shape.
+    `[k, rows, row_length]`; with "tensor" as `[k, *shape]`; with "element" in any shape. `simpler(params, at,
+    shapes of what was measured)` gives the step to run in its place in a merge, or None; it must give the same.
+    `workspace(shape of the tensor, k, shapes)` counts bytes beside the stack and the base.
     """
 
     def declare(fn: Callable[..., Tensor]) -> Step:
         if fn.__name__ in STEPS:
             raise UsageError(f"there are two steps named {fn.__name__!r}")
-        STEPS[fn.__name__] = Step(fn, grain=grain, stat=stat, reduces=reduces, needs=needs)
+        STEPS[fn.__name__] = Step(
+            fn, grain=grain, stat=stat, reduces=reduces, needs=needs, one_by_one=one_by_one, simpler=simpler,
+            workspace=workspace,
+        )  # fmt: skip
         return STEPS[fn.__name__]
 
     return declare
@@ -201,6 +218,18 @@ class Bound:
             return "tensor"
         scope: Literal["tensor", "model"] = self.params.get("scope", self.step.stat.scope)
         return scope
+
+    def simplest(self, at: At, known: Shapes) -> Bound:
+        """What it comes to for one tensor, where that streams better than the step itself; else the step."""
+        return self if self.step.simpler is None else self.step.simpler(self.params, at, known) or self
+
+    def workspace(self, shape: tuple[int, ...], k: int, known: Shapes, count: int) -> int:
+        """Bytes held beside the stack and the base, for `count` elements: a few float64 copies of the stack.
+
+        Measured: below five times the values, all in all. A step that holds more says so itself.
+        """
+        own = self.step.workspace
+        return count * 8 * (4 * k + 3) if own is None else own(shape, k, known)
 
 
 @dataclass(frozen=True)
