@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from weft.adapters.resize import resize_lora
     from weft.analysis.analyze import analyze
     from weft.api import load, materialize, merge, save
+    from weft.bench.run import bench
     from weft.calibrate.run import calibrate
     from weft.checkpoints.base import Checkpoint
     from weft.deltas.family import pack_family
@@ -50,7 +51,8 @@ _API = {"load": "weft.api", "merge": "weft.api", "save": "weft.api", "materializ
         "pack_delta": "weft.deltas.pack", "pack_family": "weft.deltas.family",
         "layers": "weft.llm.slices", "stacked": "weft.llm.slices", "shuffled": "weft.llm.shuffle",
         "analyze": "weft.analysis.analyze", "upscaled": "weft.llm.upscale", "expanded": "weft.llm.upscale",
-        "finetune": "weft.train.loop", "route": "weft.routing.build", "measure": "weft.statistics.measure",
+        "finetune": "weft.train.loop", "route": "weft.routing.build", "bench": "weft.bench.run",
+        "measure": "weft.statistics.measure",
         "WeftError": "weft.errors", "DataError": "weft.errors", "UsageError": "weft.errors"}  # fmt: skip
 
 _VERBS = ("align", "learn")
@@ -65,6 +67,7 @@ __all__ = [
     "align",
     "analyze",
     "apply_adapters",
+    "bench",
     "build",
     "build_moe",
     "calibrate",

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from weft.cli.analyze import app as analyze_app
+from weft.cli.bench import app as bench_app
 from weft.cli.calibrate import app as calibrate_app
 from weft.cli.delta import app as delta_app
 from weft.cli.export import app as export_app
@@ -261,6 +262,7 @@ def demo(
 
 app.add_typer(analyze_app)
 app.add_typer(calibrate_app)
+app.add_typer(bench_app)
 app.add_typer(measure_app)
 app.add_typer(tokens_app)
 app.add_typer(lora_app)

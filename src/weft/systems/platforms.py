@@ -16,5 +16,7 @@ SYSTEMS = (
            "Merges language models by recipe. Its recipes run unchanged, and give its tensors where it is right.",
            entry="weft.recipes.build:build", test="tests/parity/test_goldens.py::test_equal"),
     System("M03", "FusionBench (its methods on any module, its suites)", "2.1", "platform",
-           "Tang et al., arXiv:2406.03280", "Runs merging algorithms over pools of models and tasks."),
+           "Tang et al., arXiv:2406.03280", "Runs merging algorithms over pools of models and tasks.",
+           entry="weft.bench.run:bench",
+           test="tests/systems/test_bench_platform.py::test_methods_rank_on_any_module_and_suite"),
 )  # fmt: skip

@@ -1,0 +1,260 @@
+"""The run: references, then every contender at its published setting and at the one that validation prefers."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft._version import __version__
+from weft.bench.contenders import Contender, Outcome, chosen
+from weft.bench.results import Measured, Results, Row, ratio
+from weft.bench.score import score
+from weft.bench.setting import Setting, costs
+from weft.bench.suite import Suite, Task
+from weft.errors import DataError, UsageError
+
+Build = Callable[[int], "Suite | Sequence[Suite]"]
+Progress = Callable[[str], None]
+VALIDATION = 200
+"""Examples of each task on which coefficients are chosen."""
+DAMAGED = 300
+"""Examples of each task that are also shown damaged."""
+
+
+def bench(
+    suite: str | Suite | Build,
+    methods: Sequence[str] | None = None,
+    *,
+    seeds: int = 1,
+    data: str | Path | None = None,
+    samples: int = 64,
+    tune: bool = True,
+    progress: Progress | None = None,
+) -> Results:
+    """Run a suite: its name (`weft.bench.suites.SUITES`), a `Suite`, or a function of the seed that makes one.
+
+    `methods` are names of contenders or families (all that fit, by default); `seeds` how often the experts are
+    trained anew (from cache where they were before); `samples` how many examples a task data-driven methods see;
+    `tune=False` leaves out the rows with tuned coefficients. Runs on a GPU where there is one, else on the
+    threads torch has.
+    """
+    if seeds < 1:
+        raise UsageError(f"seeds must be 1 or more, not {seeds}")
+    if samples < 1:
+        raise UsageError(f"samples must be 1 or more, not {samples}")
+    say = progress or (lambda _: None)
+    build, name = _builder(suite, data, say)
+    started = time.perf_counter()
+    found: dict[tuple[int, str, str], list[tuple[Row, Measured]]] = {}
+    skipped: dict[str, str] = {}
+    known: list[Suite] = []
+    for seed in range(seeds):
+        made = build(seed)
+        for one in [made] if isinstance(made, Suite) else made:
+            known.append(one)
+            setting = Setting(one, samples)
+            for row, measured in _rows(setting, methods, seed, tune, say, skipped):
+                found.setdefault((row.size, row.name, row.how), []).append((row, measured))
+    rows = [_joined(parts) for parts in found.values()]
+    metrics = {t.metric for s in known for t in s.tasks}
+    if len(metrics) > 1:
+        raise UsageError(f"{name}: tasks of one suite have one metric, not {' and '.join(sorted(metrics))}")
+    return Results(
+        name, known[0].about, metrics.pop(), tuple(sorted(rows, key=lambda r: -r.size)),
+        tuple(range(seeds)), skipped=skipped, notes=list(known[0].notes),
+        machine=machine(), date=datetime.now(UTC).date().isoformat(), versions=versions(),
+        seconds=time.perf_counter() - started,
+    )  # fmt: skip
+
+
+def _builder(suite: str | Suite | Build, data: str | Path | None, say: Progress) -> tuple[Build, str]:
+    if isinstance(suite, Suite):
+        given = suite
+        return lambda seed: given, suite.name
+    if isinstance(suite, str):
+        from weft.bench.suites import suite_named
+
+        named = suite_named(suite)
+        return lambda seed: named(seed, data, say), suite
+    return suite, getattr(suite, "__name__", "suite")
+
+
+def _joined(parts: Sequence[tuple[Row, Measured]]) -> Row:
+    from dataclasses import replace
+
+    return replace(parts[0][0], runs=tuple(m for _, m in parts))
+
+
+def _rows(
+    setting: Setting, methods: Sequence[str] | None, seed: int, tune: bool, say: Progress,
+    skipped: dict[str, str],
+) -> Iterable[tuple[Row, Measured]]:  # fmt: skip
+    """Every row of one seed."""
+    judge = Judge(setting, seed)
+    size = len(setting.tasks)
+    for label, outcome in references(setting):
+        name = label.split(" (")[0]
+        seen = REFERENCES[name]
+        say(f"{setting.suite.name}, seed {seed}: {name}")
+        yield (
+            Row(name, label, "reference", "reference", seen, size, (), name == "experts"),
+            judge(outcome, {}),
+        )
+    picked, why = chosen(methods, setting)
+    skipped.update(why)
+    for c in picked:
+        say(f"{setting.suite.name}, seed {seed}: {c.label}")
+        try:
+            yield from trials(c, setting, judge, tune)
+        except (UsageError, DataError) as error:
+            skipped[c.name] = str(error).splitlines()[0]
+
+
+REFERENCES = {
+    "base": "before fine-tuning", "experts": "one model a task", "ensemble": "runs every expert",
+    "joint": "all data in one place",
+}  # fmt: skip
+
+
+def references(setting: Setting) -> Iterable[tuple[str, Outcome]]:
+    """Base, experts each on its own task, their averaged outputs, and the joint model where there is one."""
+    if setting.base is not None:
+        yield "base", Outcome(setting.base.state_dict())
+    states = {t.name: m.state_dict() for t, m in zip(setting.tasks, setting.models, strict=True)}
+    yield "experts", Outcome(states=states)
+    modules = [setting.loaded.fresh(s) for s in states.values()]
+    if not any(t.private or t.score for t in setting.tasks):
+        yield "ensemble", Outcome(module=Ensemble(modules), parameters=len(modules) * setting.size)
+    if setting.suite.joint is not None:
+        from weft.checkpoints.load import load
+
+        yield "joint", Outcome(load(setting.suite.joint).state_dict())
+
+
+class Ensemble(nn.Module):
+    """Mean of the outputs' log-probabilities is not what papers average: the mean of the logits."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(modules)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        from weft.train.forward import logits_of
+
+        return torch.stack([logits_of(m(*args, **kwargs)) for m in self.members]).mean(0)
+
+
+def trials(c: Contender, setting: Setting, judge: Judge, tune: bool) -> Iterable[tuple[Row, Measured]]:
+    """One row as published; one tuned, where there is something to tune."""
+    made, cost = _made(c, setting, c.params)
+    row = Row(c.name, c.label, c.family, "fixed", c.seen, len(setting.tasks), (), c.per_task)
+    yield row, judge(made, c.params, cost)
+    if not (tune and c.tuned):
+        return
+    from dataclasses import replace
+
+    (key, values), *_ = c.tuned.items()
+    best: tuple[float, Any] | None = None
+    for value in values:
+        tried, _ = _made(c, setting, {**c.params, key: value})
+        found = judge.validation(tried)
+        if best is None or found > best[0]:  # the first, where they tie
+            best = found, value
+    assert best is not None
+    params = {**c.params, key: best[1]}
+    made, cost = _made(c, setting, params)
+    yield replace(row, how="tuned"), judge(made, params, cost)
+
+
+def _made(c: Contender, setting: Setting, params: Mapping[str, Any]) -> tuple[Outcome, Any]:
+    with costs() as cost:
+        made = c.make(setting, params)
+        return made, cost()
+
+
+class Judge:
+    """Measures outcomes on one suite, relative to its experts where that is needed."""
+
+    def __init__(self, setting: Setting, seed: int) -> None:
+        self.setting, self.seed = setting, seed
+        self.experts = {
+            t.name: score(setting.loaded.take(m.state_dict(), t), t, self.split(t), VALIDATION).value
+            for t, m in zip(setting.tasks, setting.models, strict=True)
+        }
+
+    def split(self, task: Task) -> str:
+        return "validation" if "validation" in task.splits else "train" if "train" in task.splits else "test"
+
+    def at(self, made: Outcome, task: Task) -> nn.Module:
+        """The module that answers for a task."""
+        if made.module is not None:
+            return made.module
+        state = made.state if made.states is None else made.states[task.name]
+        assert state is not None
+        return self.setting.loaded.take(state, task)
+
+    def validation(self, made: Outcome) -> float:
+        """Mean over tasks of the validation score relative to the expert's. −∞ where outputs are not finite."""
+        found = []
+        for t in self.setting.tasks:
+            try:
+                value = score(self.at(made, t), t, self.split(t), VALIDATION).value
+            except DataError:
+                return float("-inf")
+            found.append(ratio(value, self.experts[t.name], t.metric == "perplexity"))
+        return mean(found)
+
+    def __call__(self, made: Outcome, params: Mapping[str, Any], cost: Any = None) -> Measured:
+        tasks, errors, damaged = {}, [], dict[str, list[float]]()
+        for t in self.setting.tasks:
+            model = self.at(made, t)
+            found = score(model, t)
+            tasks[t.name] = found.value
+            errors += [] if found.ece is None else [found.ece]
+            for damage in t.corrupted:
+                damaged.setdefault(damage, []).append(score(model, t, damage, DAMAGED).value)
+        unseen = {}
+        if made.states is None:
+            unseen = {t.name: score(self.at(made, t), t).value for t in self.setting.suite.unseen}
+        size = float(self.setting.size)
+        parameters = made.parameters or (size if made.states is None else size * len(made.states))
+        return Measured(
+            self.seed, tasks, mean(errors) if errors else None, unseen,
+            {d: mean(v) for d, v in damaged.items()}, self.validation(made), dict(params), parameters,
+            None if cost is None else cost.seconds + made.extra_seconds,
+            None if cost is None or cost.peak is None else cost.peak / 2**20,
+        )  # fmt: skip
+
+
+def machine() -> str:
+    """What kind of machine, in a few words: cores, and the GPU where it is used."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, {torch.get_num_threads()} threads"
+    import os
+
+    return f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    found = {"weft": __version__, "python": platform.python_version()}
+    for package in ("torch", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def command() -> str:
+    """The command line of this process, without the path of the program."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
