@@ -98,7 +98,8 @@ def contenders() -> dict[str, Contender]:
     from weft.bench.adapters import ADAPTED
 
     found = {n: of_method(m) for n, m in METHODS.items() if n not in EXCLUDED}
-    return found | {c.name: c for c in ADAPTED}
+    found |= {c.name: c for c in ADAPTED}
+    return found
 
 
 def of_method(method: Method) -> Contender:

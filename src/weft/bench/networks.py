@@ -43,7 +43,14 @@ class ViT(nn.Module):
     """
 
     def __init__(
-        self, classes: int, *, side: int = 16, width: int = 96, depth: int = 4, heads: int = 4, ratio: int = 2
+        self,
+        classes: int,
+        *,
+        side: int = 16,
+        width: int = 144,
+        depth: int = 2,
+        heads: int = 4,
+        ratio: int = 2,
     ) -> None:
         super().__init__()
         self.stem1 = nn.Conv2d(3, width // 3, 3, 2, 1)

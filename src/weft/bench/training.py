@@ -105,17 +105,19 @@ class Family:
         return stored(f"{self.kind}-base", about, make)
 
     def tuned(
-        self, base: Mapping[str, Tensor], name: str, data: Callable[[], Pair], seed: int, say: Say
-    ) -> dict[str, Tensor]:
+        self, base: Mapping[str, Tensor], name: str, data: Callable[[], Pair], seed: int, say: Say,
+        how: Fit | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """The expert of one task (or of several, joined): from the base, its head frozen."""
-        about = self._about(name, seed, [asdict(self.base), asdict(self.expert)])
+        how = how or self.expert
+        about = self._about(name, seed, [asdict(self.base), asdict(how)])
 
         def make() -> dict[str, Tensor]:
             say(f"training {name} of seed {seed}")
             module = self.make(self.width)
             module.load_state_dict(base)
             order = 1000 * (seed + 1) + 1 + [*self.classes, "joint"].index(name)
-            return fit(module, data(), self.expert, order, self.frozen, self.groups)
+            return fit(module, data(), how, order, self.frozen, self.groups)
 
         return stored(f"{self.kind}-{name}", about, make)
 
