@@ -419,6 +419,20 @@ def test_light_verbs_import_nothing_heavy(args: list[str]) -> None:
     assert "typer" in imported and not imported & {"torch", "numpy", "rich", "numba", "yaml"}
 
 
+def test_a_process_ends_at_once_but_in_order() -> None:
+    """What is printed arrives, and whoever asked to be called at the end is called."""
+    code = "import atexit, sys\nfrom weft.cli.main import process\n{}\nsys.argv[1:] = {!r}\nprocess()"
+    last = "atexit.register(lambda: print('last'))"
+    told = process("-c", code.format(last, ["--version"]))
+    assert told.returncode == 0 and told.stdout.startswith("weft ") and told.stdout.endswith("last\n")
+    wrong = process("-c", code.format(last, ["merg"]))
+    assert wrong.returncode == 2 and wrong.stdout == "last\n" and "No such command" in wrong.stderr
+    after = "(threading.main_thread().join(), print('done'))"
+    thread = f"import threading\nthreading.Thread(target=lambda: {after}).start()"
+    waited = process("-c", code.format(thread, ["--version"]))
+    assert waited.returncode == 0 and waited.stdout.endswith("done\n")
+
+
 def test_statuses_and_a_terminal_without_unicode(models: Path) -> None:
     missing = process("-m", "weft.cli.main", "diff", str(models / "nope"), str(models / "math"))
     assert (

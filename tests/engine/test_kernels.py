@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
 from weft.checkpoints.execution import TILE, Execution, executing
 from weft.checkpoints.memory import StateDict
 from weft.engine.kernels import Kernels
+from weft.engine.kernels.objects import Kernel
 from weft.methods.merge import Merge
 from weft.methods.registry import METHODS
 
@@ -103,3 +110,52 @@ def test_many_ranges_equal_one() -> None:
         with executing(Execution(chunk=chunk * TILE, kernels=Kernels())):
             results.append(made.state_dict())
     assert all(torch.equal(results[0][n], results[1][n]) for n in results[0])
+
+
+ADD = """\
+import numpy as np
+
+
+def kernel(x, k, out):
+    for i in range(x.shape[0]):
+        for j in range(x.shape[1]):
+            out[i, j] = x[i, j] * k + {more}
+"""
+RUN = """\
+import sys
+import numpy as np
+from weft.engine.kernels.objects import Kernel
+x, out = np.arange(12, dtype=np.float32).reshape(3, 4), np.empty((3, 4))
+Kernel(sys.argv[1])(x, np.uint32(3), out)
+assert (out == x * 3.0 + 1).all()
+print("numba" in sys.modules)
+"""
+
+
+def test_a_kernel_is_compiled_once_and_needs_no_numba_after(tmp_path: Path) -> None:
+    """Damage to what is kept costs a compilation, nothing else."""
+
+    def compiles() -> bool:
+        env = os.environ | {"WEFT_CACHE": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", RUN, ADD.format(more=1)],
+            env=env,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout == "True\n"
+
+    assert compiles() and not compiles()
+    (kept,) = (tmp_path / "kernels").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert compiles() and not compiles()
+
+
+def test_a_kernel_takes_any_types_and_writes_nowhere_without_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEFT_CACHE", "/dev/null/nowhere")
+    add = Kernel(ADD.format(more=2))
+    for dtype in (np.float32, np.float64, np.uint16):
+        x, out = np.ones((2, 3), dtype), np.empty((2, 3))
+        add(x, 0.5, out)
+        assert (out == 2.5).all()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from weft.engine.kernels import primitives
+from weft.engine.kernels.generate import SPAN
 
 
 def rows(kind: str, n: int) -> np.ndarray:
@@ -29,7 +30,7 @@ def test_order_is_stable_and_ascending(kind: str, n: int) -> None:
     expected = np.argsort(keys, kind="stable")
     ranks, where = np.empty(n, np.int32), np.empty(n + 1, np.uint32)
     spare, buckets = np.empty(n, np.uint32), np.empty(n, np.uint32)
-    starts, counts = np.empty(2 * primitives.SPAN, np.int32), np.empty((4, 256), np.int32)
+    starts, counts = np.empty(2 * SPAN, np.int32), np.empty((4, 256), np.int32)
     if primitives.rank_short(keys, ranks, starts, where, spare, buckets, counts):
         assert (ranks[expected] == np.arange(n)).all()
     else:

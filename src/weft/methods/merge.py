@@ -89,16 +89,18 @@ class Merge(Checkpoint):
         self._declared: dict[str, Pipeline] = {}
         self._found: dict[tuple[str, int], Found] = {}
         self._held: dict[str, list[Tensor | None]] = {}
+        self._remembered: dict[str, dict[Any, Any]] = {}
         self._lock = threading.RLock()
         self.measured: Measured | None = None
         self.measured = Measured.of(self, statistics, base_statistics)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_locks")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_locks", "_remembered")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.RLock()
+        self._remembered = {}
 
     # -- what is known at once --------------------------------------------------------------------
 
@@ -213,8 +215,13 @@ class Merge(Checkpoint):
         """Whether `hold` keeps the tensor's inputs in memory."""
         return name in self._held
 
+    def remembered(self, name: str) -> dict[Any, Any]:
+        """What whoever carries a merge out keeps of a tensor between its ranges, until `release`."""
+        return self._remembered.setdefault(name, {})
+
     def release(self, name: str) -> None:
         self._held.pop(name, None)
+        self._remembered.pop(name, None)
         for j in range(len(self.pipeline(name).steps) if self.part(name).carried_from is None else 0):
             self._found.pop((name, j), None)
         super().release(name)

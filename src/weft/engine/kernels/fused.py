@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from weft.checkpoints.dtypes import round_to
 from weft.checkpoints.execution import TILE
-from weft.engine.kernels import primitives
-from weft.engine.kernels.emit import EMITTERS, SUMS
-from weft.engine.kernels.generate import Source, compiled
+from weft.engine.kernels.emit import EMITTERS, SUMS, Body
+from weft.engine.kernels.generate import SPAN, Source
+from weft.engine.kernels.objects import Kernel, kernel
 from weft.methods.dare import ratios
 from weft.methods.params import per_model
 from weft.methods.random import stream_key
-from weft.methods.stats import Counted, Gram, Select, Sums
+from weft.methods.stats import Counted, Gram, Select, Sums, pairs
 from weft.methods.step import At, Bound, row_length
 
 if TYPE_CHECKING:
@@ -50,9 +50,8 @@ class Kernels:
             return None
         tail = len(steps) - _fusable(tuple(reversed(steps)))  # from here on all steps have emitters
         work.advance(tail)
-        source = work.source(len(steps))
         out = torch.empty(stop - start, dtype=dtype if dtype in _STORED else torch.float64)
-        _apply(source, work, out)
+        _apply(work, len(steps), out)
         if unread and shows and _nonfinite(out):
             work.refuse_nonfinite()
         return out if dtype is None or dtype == out.dtype else round_to(out, dtype)
@@ -96,12 +95,12 @@ class Kernels:
             work.advance(j)
             return _thinned_masses(work, bound)
         work.advance(j - _fusable(tuple(reversed(node.pipeline(name).steps[:j]))))
-        source = work.source(j)
         if summed:
-            return _sums(source, work, SUMS[bound.step.name](source.body, bound.params, work.at))
+            emit = SUMS[bound.step.name]
+            return _sums(work, j, len(work.stack) * 2, lambda body: emit(body, bound.params, work.at))
         if type(stat) is Gram:
-            return _gram(source, work)
-        return _counts(source, work, memo, hint)
+            return _gram(work, j)
+        return _counts(work, j, memo, hint)
 
 
 @dataclass
@@ -144,8 +143,9 @@ class _Range:
         while self.done < upto:
             run = _fusable(steps[self.done : upto])
             if run or not self.lifted:
+                reduced = self.reduced_by(self.done + run)
                 self.lift(self.done + run)
-                self.reduced = self.reduced or any(b.step.reduces for b in steps[self.done : self.done + run])
+                self.reduced = reduced
                 self.done += run
             if self.done < upto:
                 self._in_torch(steps[self.done])
@@ -153,8 +153,28 @@ class _Range:
 
     def lift(self, upto: int) -> None:
         """The stack as float64 task vectors, with the steps up to `upto` done."""
-        self.stack = list(_stacked(self.source(upto), self))
+        self.stack = list(_stacked(self, upto))
         self.lifted = True
+
+    def program(self, purpose: object, upto: int, finish: Callable[[Source], str]) -> Program:
+        """The program that loads the stack, does the steps from `done` to `upto` and what `finish` adds.
+
+        It is the same for all ranges of a tensor, so it is kept until the tensor is done.
+        """
+        kept = self.node.remembered(self.name)
+        stored = tuple(None if x is None else x.dtype for x in (*self.stack, self.base))
+        key = (purpose, self.done, upto, self.at.start >> 32, self.lifted, stored)
+        found: Program | None = kept.get(key)
+        if found is None:
+            source = self.source(upto)
+            found = kept[key] = Program.of(source, finish(source))
+        return found
+
+    def reduced_by(self, upto: int) -> bool:
+        """Whether the steps before `upto` leave one tensor of the models."""
+        return self.reduced or any(
+            b.step.reduces for b in self.node.pipeline(self.name).steps[self.done : upto]
+        )
 
     def source(self, upto: int) -> Source:
         """A kernel that loads the stack and does the steps from `done` to `upto`."""
@@ -164,15 +184,6 @@ class _Range:
         for j, bound in enumerate(self.node.pipeline(self.name).steps[self.done : upto], self.done):
             EMITTERS[bound.step.name](source.body, bound.params, self.node.found(self.name, j), self.at)
         return source
-
-    def call(self, source: Source, text: str, *extra: Any) -> Any:
-        """Run a finished kernel over the range."""
-        arrays = [_array(x) for x in self.stack]
-        if "b" in source.arguments and self.base is not None:
-            arrays.append(_array(self.base))
-        p = np.array(source.body.floats, np.float64)
-        q = np.array(source.body.words, np.uint32)
-        return compiled(text)(*arrays, *extra, p, q, np.uint32(self.at.start & 0xFFFFFFFF))
 
     def _in_torch(self, bound: Bound) -> None:
         if bound.step.name in THINNING:
@@ -204,66 +215,119 @@ def _array(x: Tensor) -> np.ndarray[Any, Any]:
     return (x if x.dtype in (torch.float32, torch.float64) else x.float()).contiguous().numpy()
 
 
+@dataclass(frozen=True)
+class Program:
+    """A kernel and the numbers it is called with."""
+
+    kernel: Kernel
+    floats: np.ndarray[Any, Any]
+    words: np.ndarray[Any, Any]
+    scratch: dict[str, int]
+    base: bool
+    """Whether the base is among the inputs."""
+
+    @classmethod
+    def of(cls, source: Source, text: str) -> Program:
+        floats, words = np.array(source.body.floats, np.float64), np.array(source.body.words, np.uint32)
+        return cls(kernel(text), floats, words, source.scratch, "b" in source.arguments)
+
+    def run(self, work: _Range, *extra: np.ndarray[Any, Any]) -> None:
+        inputs = [_array(x) for x in work.stack]
+        if self.base and work.base is not None:
+            inputs.append(_array(work.base))
+        scratch = [np.empty(n, dtype) for dtype, n in self.scratch.items()]
+        low = np.uint32(work.at.start & 0xFFFFFFFF)
+        self.kernel(*inputs, *extra, *scratch, self.floats, self.words, low)
+
+
+_FOUND = """\
+from weft.engine.kernels.primitives import nonfinite_{kind}
+
+
+def kernel(x, found):
+    found[0] = nonfinite_{kind}(x)
+"""
+_THIN = """\
+from weft.engine.kernels.primitives import thin_rows
+
+
+def kernel(x, n, density, window, rescale, start, k0, k1, words, long_words, starts, counts):
+    thin_rows(x, n, density, window, rescale, start, k0, k1, words, long_words, starts, counts)
+"""
+
+
 def _nonfinite(x: Tensor) -> bool:
-    found = primitives.nonfinite_bf16 if x.dtype == torch.bfloat16 else primitives.nonfinite_float
-    return bool(found(_array(x)))
+    found = np.zeros(1, np.uint8)
+    kernel(_FOUND.format(kind="bf16" if x.dtype == torch.bfloat16 else "float"))(_array(x), found)
+    return bool(found[0])
 
 
-def _apply(source: Source, work: _Range, out: Tensor) -> None:
-    """Run the body and round the result into `out`, plus the base where there is one."""
-    value = source.body.values[0]
-    if work.base is not None:
-        if work.lifted:  # the differences were formed before; the base comes in again here
-            source.add_base(work.base.dtype == torch.bfloat16)
-        value = f"base + {value}"
+def _apply(work: _Range, upto: int, out: Tensor) -> None:
+    """Do the steps and round the result into `out`, plus the base where there is one."""
     raw = out.dtype == torch.bfloat16
-    scratch = ["buf = np.empty(BLOCK, np.float64)"]
-    store = "store_float(buf, m, out[s : s + m])"
-    if raw:
-        scratch += ["rounded = np.empty(BLOCK, np.float32)", "lean = np.empty(BLOCK, np.uint32)"]
-        store = "store_bf16(buf, m, out[s : s + m], rounded, lean)"
-    text = source.finish(["out"], "\n".join(scratch), [f"buf[j] = {value}"], store)
-    work.call(source, text, out.view(torch.uint16).numpy() if raw else out.numpy())
+
+    def finish(source: Source) -> str:
+        value, buf = source.body.values[0], source.block("buf", "float64")
+        if work.base is not None:
+            if work.lifted:  # the differences were formed before; the base comes in again here
+                source.add_base(work.base.dtype == torch.bfloat16)
+            value = f"base + {value}"
+        store = f"store_float({buf}, m, out[s : s + m])"
+        if raw:
+            rounded, lean = source.block("rounded", "float32"), source.block("lean", "uint32")
+            store = f"store_bf16({buf}, m, out[s : s + m], {rounded}, {lean})"
+        return source.finish(["out"], [f"{buf}[j] = {value}"], [store])
+
+    program = work.program(("apply", raw, work.base is None), upto, finish)
+    program.run(work, out.view(torch.uint16).numpy() if raw else out.numpy())
 
 
-def _stacked(source: Source, work: _Range) -> Tensor:
-    """Run the body into a float64 stack [k', n]."""
-    values = source.body.values
-    out = torch.empty((len(values), work.stack[0].numel()), dtype=torch.float64)
-    rows = [f"o{i}" for i in range(len(values))]
-    source.sliced += rows
-    text = source.finish(rows, "", [f"{row}_[j] = {v}" for row, v in zip(rows, values, strict=True)], "")
-    work.call(source, text, *out.numpy())
+def _stacked(work: _Range, upto: int) -> Tensor:
+    """Do the steps into a float64 stack [k', n]."""
+    k = 1 if work.reduced_by(upto) else len(work.stack)
+    rows = [f"o{i}" for i in range(k)]
+
+    def finish(source: Source) -> str:
+        source.sliced += rows
+        values = source.body.values
+        return source.finish(rows, [f"{row}_[j] = {v}" for row, v in zip(rows, values, strict=True)])
+
+    out = torch.empty((k, work.stack[0].numel()), dtype=torch.float64)
+    work.program("stack", upto, finish).run(work, *out.numpy())
     return out
 
 
-def _gram(source: Source, work: _Range) -> Tensor:
+def _gram(work: _Range, upto: int) -> Tensor:
     """Gram.partial: [tiles, k(k+1)/2]."""
-    values = source.body.values
-    k, n = len(values), work.stack[0].numel()
-    pairs = [(i, j) for i in range(k) for j in range(i, k)]
-    out = np.zeros((max(1, -(-n // TILE)), len(pairs)), np.float64)
-    text = source.finish(
-        ["out"],
-        "\n".join(f"buf{i} = np.empty(BLOCK, np.float64)" for i in range(k)),
-        [f"buf{i}[j] = {v}" for i, v in enumerate(values)],
-        "\n".join(f"out[s // {TILE}, {c}] += dot(buf{i}, buf{j}, m)" for c, (i, j) in enumerate(pairs)),
-    )
-    work.call(source, text, out)
+    k, n = len(work.stack), work.stack[0].numel()
+
+    def finish(source: Source) -> str:
+        bufs = [source.block(f"buf{i}", "float64") for i in range(k)]
+        return source.finish(
+            ["out"],
+            [f"{buf}[j] = {v}" for buf, v in zip(bufs, source.body.values, strict=True)],
+            [f"out[s // {TILE}, {c}] += dot({bufs[i]}, {bufs[j]}, m)" for c, (i, j) in enumerate(pairs(k))],
+        )
+
+    out = np.zeros((max(1, -(-n // TILE)), len(pairs(k))), np.float64)
+    work.program("gram", upto, finish).run(work, out)
     return torch.from_numpy(out)
 
 
-def _sums(source: Source, work: _Range, quantities: Sequence[str]) -> Tensor:
-    """Sums.partial: [tiles, m]."""
-    n, m = work.stack[0].numel(), len(quantities)
+def _sums(work: _Range, upto: int, m: int, quantities: Callable[[Body], list[str]]) -> Tensor:
+    """Sums.partial of m quantities: [tiles, m]."""
+    n = work.stack[0].numel()
+
+    def finish(source: Source) -> str:
+        bufs = [source.block(f"buf{c}", "float64") for c in range(m)]
+        return source.finish(
+            ["out"],
+            [f"{buf}[j] = {q}" for buf, q in zip(bufs, quantities(source.body), strict=True)],
+            [f"out[s // {TILE}, {c}] += total({buf}, m)" for c, buf in enumerate(bufs)],
+        )
+
     out = np.zeros((max(1, -(-n // TILE)), m), np.float64)
-    text = source.finish(
-        ["out"],
-        "\n".join(f"buf{c} = np.empty(BLOCK, np.float64)" for c in range(m)),
-        [f"buf{c}[j] = {quantity}" for c, quantity in enumerate(quantities)],
-        "\n".join(f"out[s // {TILE}, {c}] += total(buf{c}, m)" for c in range(m)),
-    )
-    work.call(source, text, out)
+    work.program(("sums", m), upto, finish).run(work, out)
     return torch.from_numpy(out)
 
 
@@ -278,8 +342,7 @@ def _thinned_masses(work: _Range, bound: Bound) -> Tensor:
 
 def _masses(work: _Range) -> Tensor:
     """Σ|x| of each task vector, [tiles, k]; they are in float64 by now."""
-    source = work.source(work.done)
-    return _sums(source, work, [f"abs({v})" for v in source.body.values])
+    return _sums(work, work.done, len(work.stack), lambda body: [f"abs({v})" for v in body.values])
 
 
 def _bracket(counts: Tensor, stat: Select, bound: Bound, seen: int, numel: int) -> Tensor:
@@ -299,15 +362,25 @@ def _bracket(counts: Tensor, stat: Select, bound: Bound, seen: int, numel: int) 
     return found
 
 
-def _counts(source: Source, work: _Range, memo: Any, hint: Tensor | None) -> Tensor | Counted:
+def _counts(work: _Range, upto: int, memo: Any, hint: Tensor | None) -> Tensor | Counted:
     """Select.partial: counts [k, q, digits], with the keys that a second pass would count, given a hint."""
-    values, loads = source.body.values, None
-    k, n = len(values), work.stack[0].numel()
-    if not source.body.lines and all(x.dtype.itemsize < 8 for x in work.stack):  # the bare differences
-        loads = source.short_loads()
-        values = [f"f{i}" for i in range(k)]
-    before = "\n".join(f"keys{i} = np.empty(BLOCK, np.uint32)" for i in range(k))
-    keys = [f"keys{i}[j] = np.float32(abs({v})).view(np.uint32)" for i, v in enumerate(values)]
+    k, n = len(work.stack), work.stack[0].numel()
+
+    def finish(extra: Sequence[str], after: Sequence[str]) -> Callable[[Source], str]:
+        def finished(source: Source) -> str:
+            values, loads = source.body.values, None
+            if not source.body.lines and all(x.dtype.itemsize < 8 for x in work.stack):  # bare differences
+                loads = source.short_loads()
+                values = [f"f{i}" for i in range(k)]
+            keys = [source.block(f"keys{i}", "uint32") for i in range(k)]
+            lines = [
+                f"{key}[j] = np.float32(abs({v})).view(np.uint32)"
+                for key, v in zip(keys, values, strict=True)
+            ]
+            return source.finish(extra, lines, after, loads)
+
+        return finished
+
     if memo is None:
         out = np.zeros((k, 1, 1 << 15), np.int32)  # a range is shorter than 2**31
         bracket = np.zeros((k, 2), np.uint32) if hint is None else hint.numpy().astype(np.uint32)
@@ -317,8 +390,8 @@ def _counts(source: Source, work: _Range, memo: Any, hint: Tensor | None) -> Ten
             f"kept[{i}] = count_upper(keys{i}, m, out[{i}, 0], bracket[{i}], rest[{i}], kept[{i}])"
             for i in range(k)
         ]
-        text = source.finish(["out", "bracket", "rest", "kept"], before, keys, "\n".join(after), loads)
-        work.call(source, text, out, bracket, rest, kept)
+        program = work.program("upper", upto, finish(["out", "bracket", "rest", "kept"], after))
+        program.run(work, out, bracket, rest, kept)
         counts = torch.from_numpy(out)
         if hint is None:
             return counts
@@ -329,17 +402,21 @@ def _counts(source: Source, work: _Range, memo: Any, hint: Tensor | None) -> Ten
     q = prefix.shape[1]
     lower = np.zeros((k, q, 1 << 16), np.int64)
     after = [f"count_lower(keys{i}, m, prefix[{i}, {c}], out[{i}, {c}])" for i in range(k) for c in range(q)]
-    text = source.finish(["prefix", "out"], before, keys, "\n".join(after), loads)
-    work.call(source, text, prefix, lower)
+    work.program(("lower", q), upto, finish(["prefix", "out"], after)).run(work, prefix, lower)
     return torch.from_numpy(lower)
 
 
 def _thin(stack: list[Tensor], bound: Bound, at: At) -> None:
     """DELLA's rank-dependent dropping, in place."""
-    params = bound.params
+    params, n = bound.params, row_length(at.shape)
+    words, long_words = np.empty(5 * n + 1, np.uint32), np.empty(2 * n, np.uint64)
+    starts, counts = np.empty(2 * SPAN, np.int32), np.empty((4, 256), np.int32)
     for i, (x, p) in enumerate(zip(stack, per_model(params["density"], len(stack)), strict=True)):
         window = min(params["epsilon"], p, 1.0 - p)
-        k0, k1 = (np.uint32(key) for key in stream_key(at.seed, i, at.name, at.start >> 32))
-        low = at.start & 0xFFFFFFFF
-        rescale = params.get("rescale", False)
-        primitives.thin_rows(x.numpy(), row_length(at.shape), p, window, rescale, low, k0, k1)
+        low, k0, k1 = map(
+            np.uint32, (at.start & 0xFFFFFFFF, *stream_key(at.seed, i, at.name, at.start >> 32))
+        )
+        kernel(_THIN)(
+            x.numpy(), n, p, window, bool(params.get("rescale", False)), low, k0, k1,
+            words, long_words, starts, counts,
+        )  # fmt: skip

@@ -12,9 +12,6 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-BLOCK = 1024
-SPAN = 8192
-"""Counts of a row's counting sort: 32 octaves of magnitudes, 256 each."""
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False}
 u32 = np.uint32
 
@@ -86,7 +83,7 @@ def store_float(values: Any, m: int, out: Any) -> None:
         out[j] = values[j]
 
 
-@njit(cache=True, **OPTIONS)
+@njit(**OPTIONS)
 def nonfinite_bf16(x: Any) -> Any:
     """Whether any raw bfloat16 is NaN or infinite."""
     found = np.uint16(0)
@@ -95,7 +92,7 @@ def nonfinite_bf16(x: Any) -> Any:
     return found != 0
 
 
-@njit(cache=True, **OPTIONS)
+@njit(**OPTIONS)
 def nonfinite_float(x: Any) -> Any:
     """Whether any float is NaN or infinite."""
     found = 0
@@ -269,20 +266,18 @@ def _rank_long(keys: Any, ranks: Any, buckets: Any, starts: Any, where: Any, spa
         starts[d] += 1
 
 
-@njit(cache=True, **OPTIONS)
+@njit(**OPTIONS)
 def thin_rows(
-    x: Any, n: int, density: float, window: float, rescale: bool, start: int, k0: Any, k1: Any
-) -> None:
-    """DELLA's `thin` in place on the rows (of n) of a flat float64 x."""
-    keys = np.empty(n, np.uint32)
-    ranks = np.empty(n, np.int32)
-    where = np.empty(n + 1, np.uint32)
-    spare = np.empty(n, np.uint32)
-    buckets = np.empty(n, np.uint32)
-    starts = np.empty(2 * SPAN, np.int32)
-    packed = np.empty(n, np.uint64)
-    other = np.empty(n, np.uint64)
-    counts = np.empty((4, 256), np.int32)
+    x: Any, n: int, density: float, window: float, rescale: bool, start: Any, k0: Any, k1: Any,
+    words: Any, long_words: Any, starts: Any, counts: Any,
+) -> None:  # fmt: skip
+    """DELLA's `thin` in place on the rows (of n) of a flat float64 x.
+
+    Scratch: `words` [5n + 1] uint32, `long_words` [2n] uint64, `starts` [2 SPAN] and `counts` [4, 256] int32.
+    """
+    keys, spare, buckets, where = words[:n], words[n : 2 * n], words[2 * n : 3 * n], words[3 * n : 4 * n + 1]
+    ranks = words[4 * n + 1 :].view(np.int32)
+    packed, other = long_words[:n], long_words[n:]
     most = np.float64(max(n - 1, 1))
     for row in range(x.shape[0] // n):
         values = x[row * n : row * n + n]
