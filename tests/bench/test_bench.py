@@ -237,3 +237,24 @@ def test_the_command_writes_what_it_is_asked_for(tmp_path: Path, capsys: pytest.
     assert {"vision8", "digits"} <= set(json.loads(listed.output)["suites"])
     for wrong in (["bench"], ["bench", "digits", "--html", "page.txt"], ["bench", str(tmp_path / "no.json")]):
         assert isinstance(run(app, wrong).exception, WeftError)
+
+
+def test_learned_routed_and_mended_merges_stand_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few steps only: asserted are groups and sizes, and that routing beats the static merge it rests on."""
+    from weft.bench import adapters
+
+    quick = [
+        Contender(**{**vars(c), "params": {**c.params, "steps": 3}}) if "steps" in c.params else c
+        for c in adapters.ADAPTED
+    ]
+    monkeypatch.setattr(adapters, "ADAPTED", tuple(quick))
+    names = ["adamerging", "distilled", "atlas", "surgery_train", "twin", "smile", "task_arithmetic"]
+    found = bench("digits", names, samples=16, tune=False)
+    groups = {g: {r.name for r in rows} for g, rows in grouped(found).items()}
+    assert groups["test-time"] == {"adamerging"} and groups["routed"] == {"twin", "smile"}
+    assert groups["static"] == {"distilled", "atlas", "task_arithmetic"}
+    assert groups["task known"] == {"surgery_train"}
+    at = {n: found.normalised(found.row(n)) for n in names}
+    assert at["twin"] > at["task_arithmetic"] and at["smile"] > at["task_arithmetic"]
+    size = found.row("task_arithmetic").average("parameters")
+    assert size and size < (found.row("twin").average("parameters") or 0) < 5 * size

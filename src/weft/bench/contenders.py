@@ -28,13 +28,15 @@ MEANS = (0.3, 0.6, 1.0, 1.3, 1.6, 2.0, 2.5, 3.0, 4.0)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a contender made: exactly one of the three."""
+    """What a contender made: exactly one of the four."""
 
     state: State | None = None
     states: Mapping[str, State] | None = None
     """One model a task: the task must be known when it is used."""
     module: nn.Module | None = None
     """A module that runs by itself, such as a router; `parameters` says how large it is."""
+    modules: Mapping[str, nn.Module] | None = None
+    """One module a task, for what weights cannot hold."""
     parameters: float | None = None
     """Numbers kept at inference, in units of 32 bits; by default those of one model, or of one a task."""
     extra_seconds: float = 0.0
@@ -78,7 +80,10 @@ FAMILIES = {
     "ram_plus": "elementwise", "lines": "elementwise", "tsv": "spectral", "iso_c": "spectral",
     "iso_cts": "spectral", "dc_merge": "spectral", "esm": "spectral", "cart": "spectral", "star": "spectral",
     "knots": "spectral", "svc": "spectral", "fisher": "least squares", "fisher_nodes": "least squares",
-    "ubgm": "least squares", "mats": "least squares", "regmean": "least squares", "aim": "elementwise",
+    "ubgm": "least squares", "mats": "least squares", "regmean": "least squares",
+    "regmean_pp": "least squares", "lot": "least squares",
+    "gram": "least squares", "wudi": "least squares", "swudi": "least squares", "swudi_a": "least squares",
+    "actmat": "least squares", "aim": "elementwise",
     "tall_masks": "keeps experts", "emr": "keeps experts", "tsv_c": "keeps experts",
 }  # fmt: skip
 PUBLISHED: Mapping[str, Params] = {

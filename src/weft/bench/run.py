@@ -199,6 +199,8 @@ class Judge:
         """The module that answers for a task."""
         if made.module is not None:
             return made.module
+        if made.modules is not None:
+            return made.modules[task.name]
         state = made.state if made.states is None else made.states[task.name]
         assert state is not None
         return self.setting.loaded.take(state, task)
@@ -224,7 +226,7 @@ class Judge:
             for damage in t.corrupted:
                 damaged.setdefault(damage, []).append(score(model, t, damage, DAMAGED).value)
         unseen = {}
-        if made.states is None:
+        if made.states is None and made.modules is None:
             unseen = {t.name: score(self.at(made, t), t).value for t in self.setting.suite.unseen}
         size = float(self.setting.size)
         parameters = made.parameters or (size if made.states is None else size * len(made.states))
