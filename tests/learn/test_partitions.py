@@ -84,7 +84,9 @@ def test_a_span_is_orthonormal_and_leaves_out_what_depends() -> None:
     assert basis.shape == (4, 50)
     torch.testing.assert_close(basis @ basis.T, torch.eye(4, dtype=torch.float64))
     start = torch.full((5,), 0.2, dtype=torch.float64)
-    assert torch.equal(span("all", span.start("all", start)), start)
+    phi = span.start("all", start)
+    torch.testing.assert_close(phi @ basis, start @ w)  # its coordinates
+    torch.testing.assert_close(span("all", phi) @ w, start @ w)
     with pytest.raises(UsageError, match="all zero"):
         Span.of(torch.zeros(2, 2))
     with pytest.raises(UsageError, match="parts='model'"):

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import pytest
 import torch
 from lab import UPRIGHT, Data, correct, tuned
-from torch import Tensor
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from weft.checkpoints.base import Checkpoint
+from weft.demo.evaluate import as_network
 from weft.demo.network import DigitNet, network
 from weft.demo.tasks import examples
 from weft.demo.train import fit, joined
-from weft.systems.ood import greedy_soup, learned_soup, model_stock, uniform_soup, wise_ft
+from weft.learn import learned_soup
+from weft.systems.ood import greedy_soup, model_stock, uniform_soup, wise_ft
 
 
 def corrupted(data: Data, seed: int) -> list[Data]:
@@ -88,9 +88,10 @@ def validated(model: Checkpoint) -> float:
     return correct(model, VALIDATION)
 
 
-def validation_loss(state: object) -> Tensor:
+def validation_loss(model: Checkpoint) -> float:
     inputs, labels = VALIDATION
-    return F.cross_entropy(functional_call(DigitNet(), state, inputs), labels)  # type: ignore[arg-type]
+    with torch.no_grad():
+        return float(F.cross_entropy(as_network(model)(inputs), labels))
 
 
 def test_a_greedy_soup_leaves_out_a_bad_run_and_a_learned_one_lowers_the_loss(runs: list[Runs]) -> None:
@@ -105,10 +106,10 @@ def test_a_greedy_soup_leaves_out_a_bad_run_and_a_learned_one_lowers_the_loss(ru
 
         # from equal weights; a run in another basin would lead the gradient astray
         good = r.soup[:outlier]
-        learned, weights = learned_soup(good, validation_loss)
+        found = learned_soup(DigitNet(), good, VALIDATION, steps=50, batch=250)
+        learned, weights = found.checkpoint(), found.coefficients["all"].tolist()
         assert sum(weights) == pytest.approx(1) and max(weights) - min(weights) > 0.01
-        found = float(validation_loss(learned.state_dict()))
-        assert found < float(validation_loss(uniform_soup(good).state_dict()))
+        assert validation_loss(learned) < validation_loss(uniform_soup(good))
         assert correct(learned, CLEAN) > correct(uniform, CLEAN) + 0.01
 
 

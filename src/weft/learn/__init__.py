@@ -17,13 +17,15 @@ from typing import Any
 _WHERE = {
     "Blocks": "parts", "ByMethod": "by_method", "Learned": "loop", "Masked": "masks", "Mergeable": "mergeable",
     "Weighed": "weighed", "Weighted": "weighted", "adamerging": "adaptive", "atlas": "adaptive",
-    "atlas_test_time": "adaptive", "concrete": "masks", "expert_merging": "adaptive", "learned_soup": "soups",
-    "mehl_soup": "soups", "prodistill": "distill", "symerge": "adaptive", "twa": "soups",
+    "atlas_test_time": "adaptive", "concrete": "masks", "dam": "adaptive", "expert_merging": "adaptive",
+    "learned_soup": "soups", "mehl_soup": "soups", "prodistill": "distill", "symerge": "adaptive",
+    "twa": "soups",
 }  # fmt: skip
 
 __all__ = [
     "Blocks", "ByMethod", "Learned", "Masked", "Mergeable", "Weighed", "Weighted", "adamerging", "atlas",
-    "atlas_test_time", "concrete", "expert_merging", "learned_soup", "mehl_soup", "prodistill", "symerge", "twa",
+    "atlas_test_time", "concrete", "dam",
+    "expert_merging", "learned_soup", "mehl_soup", "prodistill", "symerge", "twa",
 ]  # fmt: skip
 
 
@@ -37,6 +39,8 @@ class _Verb(ModuleType):
 
 
 def __getattr__(name: str) -> Any:
+    if name == "learn":
+        return sys.modules[__name__]
     if name in _WHERE:
         return getattr(import_module(f"weft.learn.{_WHERE[name]}"), name)
     raise AttributeError(f"module 'weft.learn' has no attribute {name!r}")

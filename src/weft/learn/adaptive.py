@@ -18,7 +18,7 @@ from weft.checkpoints.load import load
 from weft.errors import UsageError
 from weft.learn.constraints import Constraint
 from weft.learn.loop import TEST_TIME, Learned, learn
-from weft.learn.losses import Loss, align, self_label, trusted, ufm
+from weft.learn.losses import Loss, align, distill, self_label, trusted, ufm
 from weft.learn.mergeable import Mergeable
 from weft.learn.parts import Parts
 from weft.methods.averages import weighted_sum
@@ -108,10 +108,15 @@ def atlas_test_time(
     inputs: Tensor,
     strong: Callable[[Tensor], Tensor],
     *,
+    parts: Parts = "tensor",
     threshold: float = 0.99,
     compat: bool = False,
+    steps: int = 500,
+    lr: float = 1e-3,
+    weight_decay: float = 0.1,
     batch: int = 128,
-    parts: Parts = "tensor",
+    seed: int = 0,
+    split: str = TEST_TIME,
     **how: Any,
 ) -> Learned:
     """aTLAS without labels: UFM on test inputs; `strong` is the strong view of a batch of them.
@@ -119,11 +124,13 @@ def atlas_test_time(
     The base's surest predictions of every class keep their label; half of every batch is of them. `compat` trusts
     all of its predictions, as the released code does.
     """
-    start = Mergeable(module, base, models, start=0.0)
+    if not isinstance(inputs, Tensor) or not len(inputs):
+        raise UsageError("the test inputs must be one tensor with the examples along its first axis")
+    merged = Mergeable(module, base, models, parts, start=0.0, **how)
     with torch.no_grad():
-        device = start.sources.device
-        found = torch.cat([start(x.to(device)).softmax(-1) for x in torch.split(inputs, 256)]).cpu()
-    labels = trusted(found, compat)
+        weights, device = merged.weights(), merged.sources.device  # the base's: all coefficients are 0
+        found = [merged.at(weights, (x.to(device),)).softmax(-1).cpu() for x in torch.split(inputs, 256)]
+    labels = trusted(torch.cat(found), compat)
     known, rest = (labels >= 0).nonzero()[:, 0], torch.arange(len(inputs))
 
     def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -133,8 +140,10 @@ def atlas_test_time(
         index = torch.cat([some(known), some(rest)])
         return inputs[index], labels[index]
 
-    how.setdefault("split", TEST_TIME)
-    return atlas(module, base, models, draw, loss=ufm(strong, threshold), parts=parts, batch=batch, **how)
+    return learn(
+        merged, ufm(strong, threshold), draw, steps=steps, lr=lr, optimizer="adamw", weight_decay=weight_decay,
+        schedule="cosine", batch=batch, seed=seed, split=split,
+    )  # fmt: skip
 
 
 def symerge(
@@ -153,6 +162,7 @@ def symerge(
     batch: int = 16,
     seed: int = 0,
     split: str = TEST_TIME,
+    validation: Any = None,
     **how: Any,
 ) -> Learned:
     """Coefficients and one layer of every task together, on what the task's own model is sure of (SyMerge, 2026).
@@ -163,7 +173,10 @@ def symerge(
     merged = Mergeable(
         module, base, models, parts, start=start, tasks=tasks, private=layer, train_private=True, **how
     )
-    return learn(merged, self_label(threshold), data, steps=steps, lr=lr, batch=batch, seed=seed, split=split)
+    return learn(
+        merged, self_label(threshold), data, steps=steps, lr=lr, batch=batch, seed=seed, split=split,
+        validation=validation,
+    )  # fmt: skip
 
 
 def expert_merging(
@@ -182,11 +195,12 @@ def expert_merging(
     batch: int = 16,
     seed: int = 0,
     split: str = "unlabelled",
+    validation: Any = None,
     **how: Any,
 ) -> Learned:
     """Coefficients by layer that bring hidden states and outputs near each expert's on its own inputs.
 
-    `layers` are the submodules whose output is aligned. parts="column" with align_to="logits" is what DAM learns.
+    `layers` are the submodules whose output is aligned.
     """
     if align_to not in ("both", "logits", "hidden"):
         raise UsageError(f"align_to must be both, logits or hidden, not {align_to!r}")
@@ -194,4 +208,33 @@ def expert_merging(
         raise UsageError("say which layers' outputs to align (layers=…), or align_to='logits'")
     loss = align(() if align_to == "logits" else layers, logits=0.0 if align_to == "hidden" else 1.0)
     merged = Mergeable(module, base, models, parts, start=start, tasks=tasks, **how)
-    return learn(merged, loss, data, steps=steps, lr=lr, batch=batch, seed=seed, split=split)
+    return learn(
+        merged, loss, data, steps=steps, lr=lr, batch=batch, seed=seed, split=split, validation=validation,
+    )  # fmt: skip
+
+
+def dam(
+    module: nn.Module,
+    models: Sequence[Model],
+    data: Any,
+    *,
+    tasks: Sequence[str],
+    temperature: float = 1.0,
+    steps: int = 300,
+    lr: float = 1e-2,
+    batch: int = 16,
+    seed: int = 0,
+    split: str = "unlabelled",
+    validation: Any = None,
+    **how: Any,
+) -> Learned:
+    """W = Σᵢ Wᵢ diag(cᵢ), a coefficient a model and input column, by KL to each expert on its inputs (DAM).
+
+    Differentiable adaptive merging (arXiv:2410.08371) from equal shares, without base and without its penalties on
+    the coefficients. Vectors have one coefficient a model.
+    """
+    merged = Mergeable(module, None, models, "column", tasks=tasks, **how)
+    return learn(
+        merged, distill(temperature), data, steps=steps, lr=lr, batch=batch, seed=seed, split=split,
+        validation=validation,
+    )  # fmt: skip

@@ -13,7 +13,7 @@ few numbers of a method; coefficients by the thousand are `Weighed`'s.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,9 +66,15 @@ class ByMethod(nn.Module):
         """Parameter → number, or list of numbers."""
         return {n: p.detach().tolist() for n, p in zip(self.declared, self.phi, strict=True)}
 
-    def _node(self, values: Mapping[str, Any]) -> Checkpoint:
+    def _node(self, values: Mapping[str, Any]) -> Merge:
+        return self._merge(self.inputs, self.anchor, values)
+
+    def _merge(
+        self, models: Sequence[Checkpoint], base: Checkpoint | None, values: Mapping[str, Any]
+    ) -> Merge:
+        # only private tensors can differ in shape: all others have been held against the module
         return Merge(
-            self.inputs, base=self.anchor, method=self.method, params={**self.fixed, **values}
+            models, base=base, method=self.method, params={**self.fixed, **values}, mismatch="carry"
         )  # fmt: skip
 
     def merged(self, values: Mapping[str, Any], names: Iterable[str]) -> list[Tensor]:
@@ -95,16 +101,13 @@ class ByMethod(nn.Module):
         return {n: p.detach().clone() for n, p in zip(self.declared, self.phi, strict=True)}
 
     def checkpoint(self, taken: Taken) -> Checkpoint:
-        made: Checkpoint = Merge(
-            self.sources.models, base=self.sources.base, method=self.method,
-            params={**self.fixed, **self.values()},
-        )  # fmt: skip
+        made: Checkpoint = self._merge(self.sources.models, self.sources.base, self.values())
         return Weighted(made, [made], {}, taken, origin=self.method.name) if taken else made
 
-    def recipe(self, base: str | None = None, models: list[str] | None = None) -> dict[str, Any]:
-        """The same merge as a recipe."""
-        refs = models or [m.origin for m in self.sources.models]
-        listed: list[dict[str, Any]] = [{"model": ref} for ref in refs]
+    def recipe(self, base: str | None, models: Sequence[str] | None) -> dict[str, Any]:
+        """The same merge as a recipe, with references to the base and the models."""
+        base, models = self.sources.called(base, models)
+        listed: list[dict[str, Any]] = [{"model": ref} for ref in models]
         shared = dict(self.fixed)
         for name, value in self.values().items():
             if isinstance(value, list):
@@ -112,8 +115,7 @@ class ByMethod(nn.Module):
                     entry.setdefault("parameters", {})[name] = v
             else:
                 shared[name] = value
-        anchor = self.sources.base
-        head = {} if anchor is None else {"base_model": base or anchor.origin}
+        head = {} if base is None else {"base_model": base}
         return {"merge_method": self.method.name, **head, "parameters": shared, "models": listed}
 
     def differences(self, names: list[str]) -> Iterable[tuple[int, int | None, list[Tensor]]]:

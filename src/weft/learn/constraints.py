@@ -4,7 +4,7 @@ Free      λ = φ
 Box       low ≤ λ ≤ high: φ is moved into the box after every step (AdaMerging clamps so)
 Simplex   λ ≥ 0, Σᵢ λᵢ = 1 over the models: λ = softmax(φ / temperature) (learned soups)
 Affine    Σᵢ λᵢ = total, signs free: λ = φ − (Σ φ − total) / k
-Span      λ = λ0 + A φ: the columns of A are an orthonormal basis of what models span (TWA)
+Span      λ = A φ: the columns of A are an orthonormal basis of what models span (TWA)
 Scaled    λ = φ / size: steps of one length in weight space whatever the models' distance (MEHL-Soup)
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -22,7 +22,10 @@ from weft.errors import UsageError, did_you_mean
 
 
 class Constraint(Protocol):
-    """A map φ → λ of the table `key`, a φ for a start, and what brings φ back after a step."""
+    """A map φ → λ of the table `key`, a φ for a start, and what brings φ back after a step.
+
+    A start that does not obey is an error (Box) or brought to the nearest that does (Affine; Simplex by division).
+    """
 
     def start(self, key: str, coefficients: Tensor) -> Tensor: ...
 
@@ -81,9 +84,12 @@ class Simplex(Free):
 
 @dataclass(frozen=True)
 class Affine(Free):
-    """The models' coefficients sum to `total`."""
+    """The models' coefficients sum to `total`; those that start elsewhere are shifted together."""
 
     total: float = 1.0
+
+    def start(self, key: str, coefficients: Tensor) -> Tensor:
+        return self(key, coefficients)
 
     def __call__(self, key: str, phi: Tensor) -> Tensor:
         return phi - (phi.sum(0) - self.total) / len(phi)
@@ -91,10 +97,14 @@ class Affine(Free):
 
 @dataclass(frozen=True)
 class Span(Free):
-    """λ = λ0 + A φ, φ: [r], A: [k, r]; for parts="model" only."""
+    """λ = A φ, φ: [r] the coordinates of the weights in an orthonormal basis, A: [k, r]; for parts="model" only.
+
+    A gradient step on φ is one on the weights θ = Σᵢ λᵢ θᵢ with the gradient projected onto the span, and decay of
+    φ is decay of θ. Where models depend on one another, the start's coefficients may change; its weights do not.
+    """
 
     basis: Tensor
-    origin: dict[str, Tensor] = field(default_factory=dict)
+    gram: Tensor
 
     @classmethod
     def of(cls, gram: Tensor, tolerance: float = 1e-9) -> Span:
@@ -116,16 +126,15 @@ class Span(Free):
                 found.append(v / math.sqrt(square))
         if not found:
             raise UsageError("the models are all zero: they span nothing")
-        return cls(torch.stack(found, 1))
+        return cls(torch.stack(found, 1), g)
 
     def start(self, key: str, coefficients: Tensor) -> Tensor:
         if coefficients.ndim != 1:
             raise UsageError("a span of models is learned with parts='model'")
-        self.origin[key] = coefficients.detach().clone()
-        return coefficients.new_zeros(self.basis.shape[1])
+        return (self.basis.T @ self.gram @ coefficients.to(self.gram)).to(coefficients)
 
     def __call__(self, key: str, phi: Tensor) -> Tensor:
-        return self.origin[key].to(phi) + self.basis.to(phi) @ phi
+        return (self.basis.to(phi.device) @ phi.double()).to(phi)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from weft.errors import DataError, UsageError
+from weft.errors import DataError, Problems, UsageError, did_you_mean
 from weft.statistics.batches import Batch, as_batch
 
 Data = Tensor | tuple[Any, ...] | Mapping[str, Any] | Iterable[Any] | Callable[[torch.Generator], Any]
+
+
+GONE = "the data hold no batches (an iterator gives its batches once: pass a list or a loader)"
 
 
 class Feed:
@@ -41,9 +44,7 @@ class Feed:
             for count, raw in enumerate(self._pass(generator), 1):  # noqa: B007
                 yield self._batch(raw)
             if count == 0:
-                raise DataError(
-                    "the data ran out: an iterator gives its batches once; pass a list or a loader"
-                )
+                raise DataError(GONE)
 
     def once(self) -> Iterator[Batch]:
         """All of the data once, in order. UsageError for a function, which has no end."""
@@ -52,9 +53,13 @@ class Feed:
                 index = torch.arange(start, min(start + max(self.size, 256), self.rows))
                 yield self._batch(_take(self.data, index))
         elif isinstance(self.data, Iterable):
-            yield from map(self._batch, self.data)
+            count = 0
+            for count, raw in enumerate(self.data, 1):  # noqa: B007
+                yield self._batch(raw)
+            if count == 0:
+                raise DataError(GONE)
         else:
-            raise UsageError("validation data must have an end: give tensors or a list of batches")
+            raise UsageError("these data must have an end: give tensors or a list of batches")
 
     def _pass(self, generator: torch.Generator) -> Iterator[Any]:
         if self.rows is not None:
@@ -107,14 +112,15 @@ def feeds(
         return {None: Feed(data, size, seed, device)}
     if not isinstance(data, Mapping) or not data:
         raise UsageError(f"the merge has tasks: give data by task ({', '.join(tasks)})")
-    unknown = [t for t in data if t not in tasks]
-    if unknown:
-        raise UsageError(f"there are data of tasks that are not merged: {unknown}; known: {', '.join(tasks)}")
+    problems = [f"{t!r}: no such task{did_you_mean(str(t), tasks)}" for t in data if t not in tasks]
+    problems += [f"{t!r}: no data" for t in tasks if t not in data]
     found: dict[str | None, Feed] = {}
     for i, task in enumerate(tasks):
-        if task in data:
-            try:
+        try:
+            if task in data:
                 found[task] = Feed(data[task], size, seed + 7919 * i, device)
-            except (DataError, UsageError) as error:
-                raise type(error)(f"{task}: {error}") from error
+        except (DataError, UsageError) as error:
+            problems.append(f"{task!r}: {error}")
+    if problems:
+        raise Problems(f"the data do not fit the tasks {', '.join(tasks)}", problems)
     return found

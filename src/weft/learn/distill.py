@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from weft.api import Model
-from weft.errors import DataError, UsageError
+from weft.errors import DataError, Problems, UsageError, did_you_mean
 from weft.learn.constraints import Constraint
 from weft.learn.data import feeds
 from weft.learn.loop import Learned, check_gradients, seeded
@@ -88,12 +88,13 @@ def prodistill(
     way = merged.way
     assert isinstance(way, Weighed)
     units = _stages(merged.inner, way.names) if stages is None else list(stages)
-    lost = [n for n in units if n not in dict(merged.inner.named_modules())]
+    known = dict(merged.inner.named_modules())
+    lost = [n for n in units if n not in known or not n]
     if lost:
-        raise UsageError(f"there are no such stages: {', '.join(map(repr, lost))}")
+        raise Problems("there are no such stages", [f"{n!r}{did_you_mean(n, known)}" for n in lost])
     sources = feeds(data, merged.tasks, batch, seed, merged.sources.device)
     batches = {t: list(f.once()) for t, f in sources.items() if t is not None}
-    units = _in_order(merged, units, next(iter(batches.values()))[0])
+    units = _in_order(merged, units, next(iter(batches.values()))[0], stages is not None)
     found = Learned(merged, [], split)
     generator = torch.Generator().manual_seed(seed)
     with seeded(seed, merged.sources.device):
@@ -120,16 +121,15 @@ def _learn_stage(
         weights = merged.weights()
         seen = {t: [_calls(merged, weights, unit, t, b) for b in bs] for t, bs in batches.items()}
     stage, optimizer = merged.inner.get_submodule(unit), torch.optim.Adam(trained, lr=lr)
-    buffers = {
-        n.removeprefix(f"{unit}."): merged.sources.averaged(n)
-        for n in merged.sources.buffers
-        if n.startswith(f"{unit}.")
+    kept = {
+        t: {**merged.of_task(t), **{n: merged.sources.averaged(n) for n in merged.sources.buffers}}
+        for t in seen
     }
     for step in range(1, steps + 1):
-        local = {n.removeprefix(f"{unit}."): w for n, w in way.weights(names).items()}
-        state = {**_typed(stage, local), **_typed(stage, buffers)}
+        weights = way.weights(names)
         loss = torch.zeros((), device=merged.sources.device)
-        for calls in seen.values():
+        for task, calls in seen.items():
+            state = _local(stage, unit, {**kept[task], **weights})
             ours, theirs = calls[int(torch.randint(len(calls), (), generator=generator))]
             index = torch.randperm(ours.size, generator=generator)[:batch]
             ours, theirs = ours.rows(index), theirs.rows(index)
@@ -180,9 +180,10 @@ def _first(output: Any) -> Tensor:
     return found
 
 
-def _typed(stage: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _local(stage: nn.Module, unit: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The stage's part of a state, by its own names and in its own dtypes."""
     own = {**dict(stage.named_parameters()), **dict(stage.named_buffers())}
-    return {n: t.to(own[n].dtype) for n, t in state.items()}
+    return {n: state[f"{unit}.{n}"].to(t.dtype) for n, t in own.items() if f"{unit}.{n}" in state}
 
 
 def _stages(module: nn.Module, names: Sequence[str]) -> list[str]:
@@ -202,8 +203,8 @@ def _stages(module: nn.Module, names: Sequence[str]) -> list[str]:
     return units("", module)
 
 
-def _in_order(merged: Mergeable, units: Sequence[str], batch: Batch) -> list[str]:
-    """The stages in the order of their calls. UsageError for one that is called several times."""
+def _in_order(merged: Mergeable, units: Sequence[str], batch: Batch, all_called: bool) -> list[str]:
+    """The stages in the order of their calls. UsageError for one that is called several times, or in another."""
     order: list[str] = []
     hooks = [
         merged.inner.get_submodule(u).register_forward_hook(lambda *_, u=u: order.append(u)) for u in units
@@ -213,6 +214,13 @@ def _in_order(merged: Mergeable, units: Sequence[str], batch: Batch) -> list[str
     finally:
         for hook in hooks:
             hook.remove()
+    inside = [u for u in units if any(u.startswith(f"{v}.") for v in units)]
+    idle = [u for u in units if u not in order] if all_called else []
+    if inside or idle:
+        raise UsageError(
+            f"each stage must be called once and by itself: {', '.join(inside or idle)} "
+            + ("lies in another stage" if inside else "is never called")
+        )
     twice = sorted({u for u in order if order.count(u) > 1})
     if twice:
         raise UsageError(f"stages are called more than once: {', '.join(twice)}; choose others (stages=…)")

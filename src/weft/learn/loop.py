@@ -34,6 +34,8 @@ class Learned:
     """The data that chose: "test-time" where inputs of the test were among them."""
     validated: dict[int, float] = field(default_factory=dict)
     """Number of steps made → loss on the validation data."""
+    counted: dict[str, int] = field(default_factory=dict)
+    """What a method counts beside, such as `peak_bytes` (mehl_soup)."""
 
     @property
     def coefficients(self) -> dict[str, Tensor]:
@@ -53,16 +55,22 @@ class Learned:
         )
 
     def checkpoint(self, task: str | None = None) -> Checkpoint:
-        """The merge, lazily; with the private parameters of a task."""
-        return self.merged.checkpoint(task)
+        """The merge, lazily; with the private parameters of a task. A manifest tells which data chose it."""
+        made = self.merged.checkpoint(task)
+        made.origin += f" by {self.split} data"
+        return made
 
     def recipe(self, base: str | None = None, models: list[str] | None = None) -> dict[str, Any]:
-        """The merge as a recipe, where its coefficients are one number a tensor or are a method's parameters."""
+        """The merge as a recipe, where its coefficients are one number a tensor or are a method's parameters.
+
+        `base` and `models` are what the recipe calls them: by default as they were loaded. UsageError where models
+        were given in memory and not named, or where the merge does not fit a recipe: then save its checkpoint.
+        """
         write = getattr(self.merged.way, "recipe", None)
         if write is None:
             raise UsageError("a masked merge does not fit a recipe: save the checkpoint instead")
-        if self.merged.own:
-            raise UsageError("trained private parameters do not fit a recipe: save checkpoint(task) instead")
+        if self.merged.private:
+            raise UsageError("private parameters do not fit a recipe: save checkpoint(task) instead")
         made: dict[str, Any] = write(base, models)
         return made
 
@@ -70,7 +78,7 @@ class Learned:
         """Losses, validation and where the data came from, for a report."""
         return {
             "split": self.split, "test_time": self.test_time, "steps": len(self.losses), "chosen": self.step,
-            "losses": self.losses, "validated": {str(s): v for s, v in self.validated.items()},
+            "losses": self.losses, "validated": {str(s): v for s, v in self.validated.items()}, **self.counted,
         }  # fmt: skip
 
 
@@ -143,7 +151,7 @@ def descend(merged: Mergeable, loss: Loss, batches: Mapping[str | None, Batch], 
     """
     weights = merged.weights()
     leaves = {n: w.detach().requires_grad_() for n, w in weights.items()}
-    total = 0.0
+    total, depends = 0.0, False
     for task, batch in batches.items():
         value = loss(Shot(merged, leaves, batch, task)) / len(batches)
         told = float(value.detach())
@@ -155,7 +163,10 @@ def descend(merged: Mergeable, loss: Loss, batches: Mapping[str | None, Batch], 
             )
         total += told
         if value.requires_grad:
+            depends = True
             value.backward()  # type: ignore[no-untyped-call]
+    if not depends:
+        raise UsageError("the loss does not depend on the merged weights: there is nothing to follow")
     names = [n for n, w in weights.items() if w.requires_grad and leaves[n].grad is not None]
     if names:
         torch.autograd.backward([weights[n] for n in names], [leaves[n].grad for n in names])
@@ -191,11 +202,11 @@ class _Best:
         if self.held_out is None:
             return
         value = mean_loss(self.merged, self.loss, self.held_out)
-        if math.isfinite(value) and value < min(self.result.validated.values(), default=math.inf):
+        if not math.isfinite(value):
+            raise DataError(f"the loss on the validation data is {value} after {step} steps: lower lr")
+        if value < min(self.result.validated.values(), default=math.inf):
             self.kept = [p.detach().clone() for p in self.merged.parameters()]
         self.result.validated[step] = value
-        if not self.kept:
-            raise DataError(f"the loss on the validation data is {value} at the start")
 
     @torch.no_grad()
     def restore(self) -> None:

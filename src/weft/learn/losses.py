@@ -4,8 +4,8 @@ entropy          mean of −Σ p log p of the merged outputs: AdaMerging (arXiv:
 cross_entropy …  any loss of `weft.train.objectives` on the labels
 distill          KL(expert ‖ merged): the outputs of the task's own model; no labels
 self_label       cross-entropy to what the task's own model is sure of: SyMerge; no labels
-align            hidden states and outputs of the task's own model: Expert Merging; no labels
-ufm              pseudo-labels of the merge itself, from a weak to a strong view: aTLAS (arXiv:2407.02880)
+align(layers)    hidden states and outputs of the task's own model: Expert Merging; no labels
+ufm(strong)      pseudo-labels of the merge itself, from a weak to a strong view: aTLAS (arXiv:2407.02880)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from weft.errors import UsageError, did_you_mean
+from weft.errors import DataError, UsageError, did_you_mean
 from weft.learn.mergeable import Mergeable
 from weft.statistics.batches import Batch
 from weft.train.objectives import LOSSES as LABELLED
@@ -70,7 +70,10 @@ class Shot:
     @property
     def labels(self) -> Tensor:
         if self.batch.labels is None:
-            raise UsageError("this loss needs labels: give (inputs, labels), or choose a loss without")
+            place = "" if self.task is None else f" for task {self.task!r}"
+            raise UsageError(
+                f"this loss needs labels{place}: give (inputs, labels), or choose a loss without"
+            )
         return self.batch.labels
 
 
@@ -84,8 +87,18 @@ def entropy(shot: Shot) -> Tensor:
 
 
 def supervised(name: str) -> Loss:
-    """A loss on the labels by name: cross_entropy, causal_lm, squared …"""
-    return lambda shot: LABELLED[name](shot.outputs, shot.labels)
+    """A loss on the labels by name: cross_entropy, causal_lm, squared … DataError for a class that has no logit."""
+
+    def loss(shot: Shot) -> Tensor:
+        outputs, labels = shot.outputs, shot.labels
+        if name != "squared" and bool((labels >= outputs.shape[-1]).any()):
+            place = "" if shot.task is None else f" of task {shot.task!r}"
+            raise DataError(
+                f"the labels{place} go up to {int(labels.max())}, but the model has {outputs.shape[-1]} outputs"
+            )
+        return LABELLED[name](outputs, labels)
+
+    return loss
 
 
 def distill(temperature: float = 1.0) -> Loss:
@@ -171,17 +184,18 @@ def _where_sure(outputs: Tensor, label: Tensor, sure: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, Loss] = {
-    "entropy": entropy, "distill": distill(), "self_label": self_label(), "align": align(),
+    "entropy": entropy, "distill": distill(), "self_label": self_label(),
     **{name: supervised(name) for name in LABELLED},
 }  # fmt: skip
 
 
 def as_loss(given: str | Loss) -> Loss:
     """By name, or a function of a `Shot`."""
-    if not isinstance(given, str):
+    if callable(given):
         return given
     if given not in LOSSES:
         raise UsageError(
-            f"there is no loss {given!r}{did_you_mean(given, LOSSES)}; known: {', '.join(LOSSES)}, or a function"
+            f"there is no loss {given!r}{did_you_mean(str(given), LOSSES)}; known: {', '.join(LOSSES)}, or a "
+            "function of a Shot"
         )
     return LOSSES[given]

@@ -1,7 +1,8 @@
 """`Mergeable`: a module whose weights are a merge that can be trained.
 
-The module is copied and runs in evaluation mode (no dropout, running statistics) with the merged weights in place
-of its own, by `torch.func.functional_call`; only what the merge is made of is trained.
+The module runs in evaluation mode (no dropout, running statistics) with the merged weights in place of its own, by
+`torch.func.functional_call`; only what the merge is made of is trained. The module that is given stays as it is:
+a copy of it runs, whose weights are not copied.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ class Mergeable(nn.Module):
     method); so does `method`, a method of weft by name whose `learned` parameters are trained (`ByMethod`).
 
     `tasks` names the models, for losses that ask a task's own model; `private` are patterns of parameters that are
-    not merged but taken from the task's model (classifiers), and trained with `train_private`. Float buffers are
-    the mean over the models; with `norms="batch"` BatchNorm uses the batch's statistics instead (re-estimate them
-    afterwards). `hold=False` reads models anew at every step instead of keeping them in memory.
+    not merged but taken from the task's model (classifiers, of any shape), and trained with `train_private`.
+
+    Float buffers are the mean over the models; with `norms="batch"` BatchNorm uses the batch's statistics instead
+    (re-estimate them afterwards). `hold=False` reads models anew at every step instead of keeping them in memory.
 
     Raises UsageError for what cannot be meant and DataProblems where models do not fit the module.
     """
@@ -68,14 +70,16 @@ class Mergeable(nn.Module):
         super().__init__()
         if norms not in ("mean", "batch"):
             raise UsageError(f"norms must be mean or batch, not {norms!r}")
-        inner = copy.deepcopy(module).eval().requires_grad_(False)
+        inner = _skeleton(module)
         for m in inner.modules():
             if norms == "batch" and isinstance(m, nn.modules.batchnorm._BatchNorm):
                 m.train()
+                m.track_running_stats = False  # of the batch, and nothing is noted
         self.__dict__["inner"] = inner  # not registered: its weights are not what is trained
-        self.sources = Sources(inner, base, models, hold)
+        self.norms = norms
+        self.private = _matching([n for n, _ in inner.named_parameters()], private)
+        self.sources = Sources(inner, base, models, hold, self.private)
         self.tasks = self._tasks(tasks, private)
-        self.private = _matching(list(self.sources.parameters), private)
         names = [n for n in self.sources.parameters if n not in self.private]
         if not names:
             raise UsageError("all parameters are private: there is nothing to merge")
@@ -99,11 +103,10 @@ class Mergeable(nn.Module):
         if method is not None:
             from weft.learn.by_method import ByMethod
 
-            if self.sources.buffers and not any(m.training for m in self.inner.modules()):
+            if self.sources.buffers and self.norms != "batch":
                 raise UsageError(
                     f"{method} also merges running statistics, which here would not be its own: norms='batch'"
                 )
-
             return ByMethod(self.sources, names, method, learned or {}, fixed or {})
         if learned or fixed:
             raise UsageError("learned= and fixed= are parameters of a method: name it (method=…)")
@@ -178,8 +181,7 @@ class Mergeable(nn.Module):
         kwargs: Mapping[str, Any],
     ) -> Tensor:  # fmt: skip
         typed = {n: t.to(self.sources.parameters[n].dtype) for n, t in state.items()}
-        # copies, since BatchNorm in training mode writes into its statistics
-        typed |= {n: t.to(self.sources.buffers[n].dtype, copy=True) for n, t in buffers.items()}
+        typed |= {n: t.to(self.sources.buffers[n].dtype) for n, t in buffers.items()}
         return self.output(functional_call(self.inner, typed, args, dict(kwargs)))
 
     def _mean_buffer(self, name: str) -> Tensor:
@@ -230,6 +232,12 @@ class Mergeable(nn.Module):
                 model = sources.models[i]
                 taken[place] = (model, sources.stored(model, n) or n) if held is None else (held, n)
         return self.way.checkpoint(taken)
+
+
+def _skeleton(module: nn.Module) -> nn.Module:
+    """A copy in evaluation mode, untrained, that shares its weights with the module."""
+    shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
+    return copy.deepcopy(module, shared).eval()
 
 
 def _matching(names: list[str], patterns: Sequence[str]) -> list[str]:

@@ -7,24 +7,21 @@ many models are in memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from weft.api import Model, merge
-from weft.checkpoints.base import Checkpoint
-from weft.checkpoints.load import load
+from weft.api import Model
 from weft.checkpoints.memory import StateDict
 from weft.errors import UsageError
 from weft.learn.constraints import Scaled, Simplex, Span
 from weft.learn.loop import Learned, learn
 from weft.learn.losses import Loss
 from weft.learn.mergeable import Mergeable
-from weft.learn.parts import Parts, Place
+from weft.learn.parts import Parts
 from weft.learn.sources import Sources
-from weft.learn.weighed import Weighed, weighted
+from weft.learn.weighed import Weighed
 
 
 def learned_soup(
@@ -60,6 +57,7 @@ def twa(
     loss: str | Loss = "cross_entropy",
     steps: int = 200,
     lr: float = 0.1,
+    weight_decay: float = 1e-5,
     batch: int = 128,
     seed: int = 0,
     split: str = "train",
@@ -67,33 +65,19 @@ def twa(
 ) -> Learned:
     """Training in the span of a run's checkpoints, from their mean (trainable weight averaging, ICLR 2023).
 
-    θ = mean + P φ with P the Gram–Schmidt basis of the θᵢ, so that SGD on φ is SGD on θ with every gradient
-    projected onto the span. P lives in coefficients (`Span`): no basis of the weights' size is made.
+    θ = P φ with P the Gram–Schmidt basis of the θᵢ, so that SGD on φ is SGD on θ with every gradient projected onto
+    the span. P lives in coefficients (`Span`): no basis of the weights' size is made. The paper's rate is 2, for
+    networks with BatchNorm (norms="batch"; re-estimate the statistics afterwards); others need less.
     """
 
     def way(sources: Sources, names: list[str]) -> Weighed:
-        return Weighed(sources, names, "model", Span.of(sources.gram()), 1 / len(sources.models))
+        return Weighed(sources, names, "model", Span.of(sources.gram(names)), 1 / len(sources.models))
 
     merged = Mergeable(module, None, models, way=way, **how)
     return learn(
-        merged, loss, data, steps=steps, lr=lr, optimizer="sgd", schedule="linear", batch=batch, seed=seed,
-        split=split,
+        merged, loss, data, steps=steps, lr=lr, optimizer="sgd", weight_decay=weight_decay, schedule="linear",
+        batch=batch, seed=seed, split=split,
     )  # fmt: skip
-
-
-@dataclass
-class Soup:
-    """What `mehl_soup` found."""
-
-    checkpoint: Checkpoint
-    coefficients: dict[str, Tensor]
-    """By tensor, one a model, summing to 1; they may be negative."""
-    losses: list[float]
-    resident: int
-    """Most checkpoints in memory at once: the models of a batch and the point that is moved."""
-    peak_bytes: int
-    """Most bytes of weights held at once."""
-    split: str
 
 
 def mehl_soup(
@@ -110,39 +94,54 @@ def mehl_soup(
     seed: int = 0,
     split: str = "validation",
     **how: Any,
-) -> Soup:
+) -> Learned:
     """Learned signed weights on the hyperplane of affine combinations, `model_batch` models in memory at a time.
 
-    θ = c + Σᵢ Pᵢ Xᵢ by tensor, Pᵢ = (θᵢ − c) / ‖θᵢ − c‖ (arXiv:2407.03641): c is first the mean of all models; each
-    epoch cuts the shuffled models into batches, each has `steps` steps of AdamW on X from 0, and where it ends is
-    the next c. The coefficients of all models are kept by their arithmetic, so the result reads the models anew.
+    θ = c + Σᵢ Pᵢ Xᵢ by tensor, Pᵢ = (θᵢ − c) / ‖θᵢ − c‖ (arXiv:2407.03641): c is first the mean of all models;
+    each epoch cuts the shuffled models into batches, each has `steps` steps of AdamW on X from 0 (a fifth of them
+    warming up, then a cosine), and where it ends is the next c. What comes back has a coefficient a model and
+    tensor, of sum 1, by their arithmetic, and reads the models anew. `counted` has `resident_models` and
+    `peak_bytes` (of weights).
     """
     if model_batch < 1 or epochs < 1:
         raise UsageError("model_batch and epochs must be 1 or more")
-    known = [load(m) for m in models]
-    every = Sources(module, None, known, hold=False)
-    k, losses, resident, peak = len(known), list[float](), 0, 0
-    centre: Checkpoint = StateDict(merge(known, "linear").state_dict(), "the mean")
-    c = {n: torch.full((k,), 1 / k, dtype=torch.float64) for n in every.parameters}
+    merged = Mergeable(module, None, models, "tensor", hold=False, **how)
+    soup, sources = merged.way, merged.sources
+    assert isinstance(soup, Weighed)
+    found = Learned(merged, [], split, counted={"resident_models": 0, "peak_bytes": 0})
+    c = {n: t.double() for n, t in soup.coefficients().items()}
+    state = {**_values(merged), **{n: sources.averaged(n).cpu() for n in sources.buffers}}
     generator = torch.Generator().manual_seed(seed)
     for epoch in range(epochs):
-        for turn, group in enumerate(torch.split(torch.randperm(k, generator=generator), model_batch)):
-            merged = Mergeable(module, centre, [known[i] for i in group.tolist()], way=_on_the_plane, **how)
-            found = learn(
-                merged, loss, data, steps=steps, lr=lr, optimizer="adamw", batch=batch,
-                seed=seed + 1009 * epoch + turn, split=split,
+        for turn, group in enumerate(
+            torch.split(torch.randperm(len(models), generator=generator), model_batch)
+        ):
+            held = [sources.models[i] for i in group.tolist()]
+            part = Mergeable(module, StateDict(state, "the centre"), held, way=_on_the_plane, **how)
+            moved = learn(
+                part, loss, data, steps=steps, lr=lr, optimizer="adamw", schedule="cosine", warmup=steps // 5,
+                batch=batch, seed=seed + 1009 * epoch + turn, split=split,
             )  # fmt: skip
-            losses += found.losses
-            resident = max(resident, len(group) + 1)
-            peak = max(peak, merged.sources.held_bytes)
-            for name, step in found.coefficients.items():
+            found.losses += moved.losses
+            _most(found.counted, resident_models=len(held), peak_bytes=part.sources.held_bytes)
+            for name, step in moved.coefficients.items():
                 c[name] *= 1 - step.double().sum()
                 c[name][group] += step.double()
-            with torch.no_grad():
-                state = centre.state_dict() | {n: w.cpu() for n, w in merged.weights().items()}
-            centre = StateDict(state, "the current point")
-    places = {n: (Place(n, (), every.parameters[n].shape, n), t) for n, t in c.items()}
-    return Soup(weighted(every, places, {}, {}), c, losses, resident, peak, split)
+            state |= _values(part)
+    with torch.no_grad():
+        for key, phi in zip(soup.keys, soup.phi, strict=True):
+            phi.copy_(c[key])
+    return found
+
+
+@torch.no_grad()
+def _values(merged: Mergeable) -> dict[str, Tensor]:
+    return {n: w.cpu() for n, w in merged.weights().items()}
+
+
+def _most(counted: dict[str, int], **seen: int) -> None:
+    for name, value in seen.items():
+        counted[name] = max(counted[name], value)
 
 
 def _on_the_plane(sources: Sources, names: list[str]) -> Weighed:

@@ -7,13 +7,14 @@ goes through them again, so that a merge of k models takes one merged model besi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from weft.api import Model
+from weft.checkpoints.adapted import Adapted
 from weft.checkpoints.base import Checkpoint, TensorInfo
 from weft.checkpoints.dtypes import is_mergeable
 from weft.checkpoints.load import load
@@ -24,10 +25,18 @@ from weft.methods.parts import stored_name
 
 
 class Sources:
-    """Base and models, checked against the module: every parameter and float buffer, of its shape."""
+    """Base and models, checked against the module: every parameter and float buffer, of its shape.
+
+    Those that are `private` to a model may have another shape there, as classifiers of different tasks do.
+    """
 
     def __init__(
-        self, module: nn.Module, base: Model | None, models: Sequence[Model], hold: bool = True
+        self,
+        module: nn.Module,
+        base: Model | None,
+        models: Sequence[Model],
+        hold: bool = True,
+        private: Sequence[str] = (),
     ) -> None:
         if isinstance(models, str | Mapping | nn.Module | Checkpoint) or not models:
             raise UsageError("models must be a list of at least one model")
@@ -45,9 +54,13 @@ class Sources:
         self._held: dict[tuple[int, str], Tensor] = {}
         problems = []
         for source in self.all:
-            problems += self._problems(source, {**self.parameters, **self.buffers})
+            problems += self._problems(source, {**self.parameters, **self.buffers}, private)
         if problems:
-            raise DataProblems("these models do not fit the module", problems)
+            raise DataProblems(
+                "these models do not fit the module (parameters that each task keeps, such as classifiers, are "
+                "named by private=)",
+                problems,
+            )
         for source in self.all:
             source.survey()
 
@@ -64,13 +77,32 @@ class Sources:
                 return found
         return None
 
-    def _problems(self, source: Checkpoint, wanted: Mapping[str, TensorInfo]) -> list[str]:
+    def called(self, base: str | None, models: Sequence[str] | None) -> tuple[str | None, list[str]]:
+        """References to base and models for a recipe. UsageError where one cannot be loaded by its origin."""
+        if models is not None and (isinstance(models, str) or len(models) != len(self.models)):
+            raise UsageError(f"give {len(self.models)} references for the models, one each, in order")
+        given: list[str | None] = [] if self.base is None else [base]
+        given += [None] * len(self.models) if models is None else models
+        unnamed = [
+            s.origin for s, name in zip(self.all, given, strict=True)
+            if name is None and (s.identity() is None or (s.inputs and not isinstance(s, Adapted)))
+        ]  # fmt: skip
+        if unnamed:
+            raise UsageError(
+                f"a recipe cannot load {', '.join(unnamed)}: say where each is saved (base=, models=)"
+            )
+        found = [name or s.origin for name, s in zip(given, self.all, strict=True)]
+        return (None, found) if self.base is None else (found[0], found[1:])
+
+    def _problems(
+        self, source: Checkpoint, wanted: Mapping[str, TensorInfo], private: Sequence[str]
+    ) -> list[str]:
         found = []
         for name, info in wanted.items():
             stored = self.stored(source, name)
             if stored is None:
                 found.append(f"{name}: not in {source.origin}")
-            elif source.info(stored).shape != info.shape:
+            elif source.info(stored).shape != info.shape and name not in private:
                 found.append(
                     f"{name}: shape {list(source.info(stored).shape)} in {source.origin}, {list(info.shape)} "
                     "in the module"
@@ -125,11 +157,11 @@ class Sources:
             total = total + self.value(i, name).float()
         return total / len(self.models)
 
-    def gram(self) -> Tensor:
-        """⟨τᵢ, τⱼ⟩ over all parameters, [k, k] float64."""
+    def gram(self, names: Iterable[str]) -> Tensor:
+        """⟨τᵢ, τⱼ⟩ over the named parameters, [k, k] float64."""
         k = len(self.models)
         total = torch.zeros(k, k, dtype=torch.float64)
-        for name in self.parameters:
+        for name in names:
             rows = [self.delta(i, name, torch.float64).reshape(-1).cpu() for i in range(k)]
             stack = torch.stack(rows)
             total += stack @ stack.T

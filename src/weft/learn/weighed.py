@@ -8,7 +8,7 @@ checkpoint of these weights. This is one; `Masked` and `ByMethod` are others.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from weft.checkpoints.base import Checkpoint
 from weft.errors import UsageError
-from weft.learn.constraints import Constraint, Free, as_constraint
+from weft.learn.constraints import Affine, Constraint, Simplex, as_constraint
 from weft.learn.parts import Parts, Place, as_table, place_of, table_shapes
 from weft.learn.sources import Sources
 from weft.learn.weighted import Entry, Weighted
@@ -69,8 +69,8 @@ class Weighed(nn.Module):
         wide = any(i.dtype == torch.float64 for i in sources.parameters.values())
         dtype = torch.float64 if wide else torch.float32
         if start is None:
-            plain = type(self.constraint) in (Free,) or constraint == "box"
-            start = 0.3 if sources.base is not None and plain else 1 / k
+            shares = isinstance(self.constraint, Simplex | Affine)
+            start = 1 / k if sources.base is None or shares else 0.3
         if isinstance(start, Mapping) and start.keys() != shapes.keys():
             raise UsageError(
                 f"the coefficients to start from are for other parts: {sorted(start.keys() ^ shapes.keys())[:5]}"
@@ -105,8 +105,8 @@ class Weighed(nn.Module):
         table_of = {n: (p, tables[p.key]) for n, p in self.places.items()}
         return weighted(self.sources, table_of, taken, masks or {})
 
-    def recipe(self, base: str | None = None, models: list[str] | None = None) -> dict[str, Any]:
-        """The same merge as a recipe, with `base` and `models` as references (what they were loaded as).
+    def recipe(self, base: str | None, models: Sequence[str] | None) -> dict[str, Any]:
+        """The same merge as a recipe, with references to the base and the models.
 
         UsageError where a tensor has more than one coefficient: then save the checkpoint.
         """
@@ -122,15 +122,14 @@ class Weighed(nn.Module):
         for name, place in self.places.items():
             rows[self.sources.stored(anchor, name) or name] = tables[place.key].double().tolist()
         same = len({tuple(r) for r in rows.values()}) == 1
-        refs = models or [m.origin for m in self.sources.models]
+        base, models = self.sources.called(base, models)
         listed = []
-        for i, ref in enumerate(refs):
+        for i, ref in enumerate(models):
             rules = [{"pattern": n, "value": r[i]} for n, r in rows.items()]
             listed.append({"model": ref, "parameters": {"weight": rules[0]["value"] if same else rules}})
         if self.sources.base is None:
             return {"merge_method": "linear", "parameters": {"normalize": False}, "models": listed}
-        anchor_ref = base or self.sources.base.origin
-        return {"merge_method": "task_arithmetic", "base_model": anchor_ref, "models": listed}
+        return {"merge_method": "task_arithmetic", "base_model": base, "models": listed}
 
 
 def weighted(

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import lcm
 
 import torch
 from torch import Tensor
 
-from weft.checkpoints.base import Checkpoint
+from weft.checkpoints.base import Checkpoint, TensorInfo
 from weft.checkpoints.dtypes import is_mergeable, round_to
 from weft.checkpoints.lazy import Derived
 from weft.checkpoints.memory import flat_range
@@ -63,6 +63,15 @@ class Weighted(Derived):
         more = {id(s): s for s, _ in self.taken.values() if not any(s is m for m in self._sources)}
         super().__init__(*self._sources, *more.values())
         self.origin = f"{origin}({', '.join(m.origin for m in models)})"
+        own = self.first.tensors
+        self._tensors = {
+            **own,
+            **{n: replace(own[n], shape=s.info(m).shape) for n, (s, m) in self.taken.items()},
+        }
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self._tensors
 
     @property
     def carried(self) -> dict[str, str]:

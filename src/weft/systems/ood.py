@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import weft
@@ -10,8 +10,6 @@ from weft.systems import System
 from weft.systems.basic import weight_average
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from weft.api import Model
     from weft.checkpoints.base import Checkpoint
 
@@ -43,38 +41,13 @@ def greedy_soup(
     return uniform_soup([models[j] for j in kept]), kept
 
 
-def learned_soup(
-    models: Sequence[Model],
-    loss: Callable[[Mapping[str, Tensor]], Tensor],
-    steps: int = 50,
-    rate: float = 0.05,
-) -> tuple[Checkpoint, list[float]]:
-    """Weights on the simplex (softmax) learned by AdamW on `loss(state dict)`; and the weights.
-
-    Holds every model in memory while it learns. Start without runs that have left the others' basin.
-    `loss` is on held-out data, e.g. the cross-entropy of `torch.func.functional_call(module, state, inputs)`.
-    """
-    import torch
-
-    states = [weft.load(m).state_dict() for m in models]
-    logits = torch.zeros(len(states), requires_grad=True)
-    optimizer = torch.optim.AdamW([logits], lr=rate, weight_decay=0.0)
-    for _ in range(steps):
-        share = logits.softmax(0)
-        mixed = {n: sum(w * s[n].float() for w, s in zip(share, states, strict=True)) for n in states[0]}
-        optimizer.zero_grad()
-        loss(mixed).backward()  # type: ignore[arg-type, no-untyped-call]
-        optimizer.step()
-    weights = logits.detach().double().softmax(0).tolist()
-    return weight_average(models, weights), weights
-
-
 def model_stock(models: Sequence[Model], base: Model) -> Checkpoint:
     """From the base towards the mean of a few runs, as far as the angle between them says."""
     return weft.merge(models, "model_stock", base=base)
 
 
 TESTS = "tests/systems/test_ood.py::"
+LEARNED = "tests/systems/test_learned.py::"
 HERE = "weft.systems.ood:"
 
 SYSTEMS = (
@@ -96,7 +69,8 @@ SYSTEMS = (
     System("S73", "ASWA adaptive SWA", "2.4.3.1", "training", "Demir et al., JMLR 2024, arXiv:2406.19092",
            "Takes an epoch into the average only if validation does not suffer."),
     System("S74", "TWA trainable weight averaging", "2.4.3.1", "training", "Li et al., ICLR 2023",
-           "Trains in the span of a run's checkpoints."),
+           "Trains in the span of a run's checkpoints.", entry="weft.learn.soups:twa",
+           test=LEARNED + "test_training_in_the_span_of_half_a_run_reaches_its_end"),
     System("S75", "Model Soups (uniform, greedy, learned)", "2.4.3.1", "merge",
            "Wortsman et al., ICML 2022, arXiv:2203.05482",
            "Averages fine-tunes of one model with different settings: all, those that help, or by weight.",
@@ -124,7 +98,9 @@ SYSTEMS = (
            "Finds the robust centre of two runs from their angle at the base.", entry=HERE + "model_stock",
            test=TESTS + "test_the_stock_of_two_runs_is_more_robust_than_their_mean"),
     System("S85", "MEHL-Soup", "2.4.3.1", "search", "Li et al., ECCV 2024, arXiv:2407.03641",
-           "Learns signed soup weights on a hyperplane, a few models at a time."),
+           "Learns signed soup weights on a hyperplane, a few models at a time.",
+           entry="weft.learn.soups:mehl_soup",
+           test=LEARNED + "test_a_signed_soup_of_twelve_runs_needs_four_in_memory"),
     System("S86", "Lookaround", "2.4.3.1", "training", "Zhang et al., NeurIPS 2023, arXiv:2306.07684",
            "An optimiser that steps along several augmentations and averages every few steps."),
     System("S87", "SWAD", "2.4.3.2", "training", "Cha et al., NeurIPS 2021, arXiv:2102.08604",

@@ -82,5 +82,7 @@ SYSTEMS = (
            entry=HERE + "emr", test=TESTS + "test_emr_recovers_the_experts_from_one_vector"),
     System("M55", "Concrete TA / AM", "2.2.3.3", "search", "Tang et al., 2023, arXiv:2312.06173",
            "Learns one mask over all task vectors from unlabelled data, alone or with AdaMerging's weights.",
-           aliases=("Concrete subspace learning",)),
+           aliases=("Concrete subspace learning",), entry="weft.learn.masks:concrete",
+           test="tests/systems/test_learned.py::"
+                "test_concrete_masks_lower_interference_alone_and_with_adamerging"),
 )  # fmt: skip

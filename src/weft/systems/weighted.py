@@ -172,6 +172,7 @@ CHECKPOINTS = (
 )
 
 MEASURED = "tests/systems/test_statistics.py::"
+LEARNED = "tests/systems/test_learned.py::"
 
 SYSTEMS = (
     System("M35", "Grid search", "2.2.3.2", "search", "folklore; e.g. Ilharco et al., arXiv:2212.04089",
@@ -188,15 +189,21 @@ SYSTEMS = (
            "Weighs two neighbouring checkpoints of one training run by Bayesian optimisation.",
            aliases=("S22",), entry=CHECKPOINTS[0], test=CHECKPOINTS[1]),
     System("M39", "AdaMerging task-wise", "2.2.3.2", "search", "Yang et al., ICLR 2024, arXiv:2310.02575",
-           "Learns one coefficient a task by minimising the entropy of outputs on unlabelled data."),
+           "Learns one coefficient a task by minimising the entropy of outputs on unlabelled data.",
+           entry="weft.learn.adaptive:adamerging",
+           test=LEARNED + "test_task_wise_adamerging_finds_by_entropy_what_labels_would_choose"),
     System("M40", "AdaMerging layer-wise, ++", "2.2.3.2", "search",
            "Yang et al., ICLR 2024, arXiv:2310.02575",
-           "The same with one coefficient a task and tensor; ++ starts from TIES-trimmed vectors."),
+           "The same with one coefficient a task and tensor; ++ starts from TIES-trimmed vectors.",
+           entry="weft.learn.adaptive:adamerging",
+           test=LEARNED + "test_layer_wise_adamerging_does_so_for_every_tensor_also_of_elected_vectors"),
     System("M41", "MetaGPT", "2.2.3.2", "merge", "Zhou et al., EMNLP 2024, arXiv:2406.11385",
            "Weighs each task vector by its share of the squared norms.", aliases=("S32",),
            entry=METAGPT[0], test=METAGPT[1]),
     System("M42", "aTLAS", "2.2.3.2", "search", "Zhang et al., NeurIPS 2024",
-           "Learns one coefficient a task vector and block of parameters from few labels."),
+           "Learns one coefficient a task vector and block of parameters from few labels.",
+           entry="weft.learn.adaptive:atlas",
+           test=LEARNED + "test_atlas_uses_few_labels_better_than_one_scale_for_all"),
     System("M43", "RegMean", "2.2.3.2", "merge", "Jin et al., ICLR 2023, arXiv:2212.09849",
            "Solves for the linear layers whose outputs differ least from every model's on its own inputs.",
            entry="weft.methods.regmean:regmean",
