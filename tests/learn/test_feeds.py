@@ -79,6 +79,6 @@ def test_tasks_and_data_must_be_the_same() -> None:
     with pytest.raises(Problems) as told:
         feeds({"rotate": x, "b": torch.zeros(0, 2)}, ["rotated", "b", "c"], 4, 0, CPU)
     assert told.value.problems == [
-        "'rotate': no such task; did you mean 'rotated'?", "'rotated': no data", "'c': no data",
-        "'b': the data hold no examples",
+        "'rotate': no such task; did you mean 'rotated'?", "no data of rotated, c: every task needs some",
+        "b: the data hold no examples",
     ]  # fmt: skip

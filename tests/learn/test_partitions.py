@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weft.errors import UsageError
@@ -26,6 +26,7 @@ def test_a_partition_gives_coefficients_of_this_shape(parts: object, shape: obje
     assert place_of("layers.1.weight", shape, parts).shape == expected  # type: ignore[arg-type]
 
 
+@settings(deadline=None)
 @given(SHAPES, st.sampled_from(["model", "row", "column", "element", Blocks(3)]), st.integers(0, 99))
 def test_gathering_is_the_adjoint_of_spreading(shape: tuple[int, ...], parts: object, seed: int) -> None:
     place = place_of("w", shape, parts)  # type: ignore[arg-type]
@@ -62,6 +63,7 @@ def test_bad_partitions_are_told() -> None:
         table_shapes(rows, 2)
 
 
+@settings(deadline=None)
 @given(st.integers(2, 5), st.integers(0, 99))
 def test_constraints_hold_and_start_where_they_are_told(k: int, seed: int) -> None:
     start = torch.rand(k, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.5 + 0.2

@@ -113,14 +113,15 @@ def feeds(
     if not isinstance(data, Mapping) or not data:
         raise UsageError(f"the merge has tasks: give data by task ({', '.join(tasks)})")
     problems = [f"{t!r}: no such task{did_you_mean(str(t), tasks)}" for t in data if t not in tasks]
-    problems += [f"{t!r}: no data" for t in tasks if t not in data]
+    if lacking := [t for t in tasks if t not in data]:
+        problems.append(f"no data of {', '.join(lacking)}: every task needs some")
     found: dict[str | None, Feed] = {}
     for i, task in enumerate(tasks):
         try:
             if task in data:
                 found[task] = Feed(data[task], size, seed + 7919 * i, device)
         except (DataError, UsageError) as error:
-            problems.append(f"{task!r}: {error}")
+            problems.append(f"{task}: {error}")
     if problems:
         raise Problems(f"the data do not fit the tasks {', '.join(tasks)}", problems)
     return found
