@@ -62,19 +62,21 @@ class Contender:
     """One parameter and the values among which validation chooses."""
     needs_base: bool = False
     per_task: bool = False
+    models: tuple[int, int | None] = (1, None)
     fits: Callable[[Setting], str] = fits_always
     """Why it cannot run on a suite, or an empty string."""
 
 
 EXCLUDED = {
-    "slerp", "nuslerp", "nearswap", "arcee_fusion", "multislerp",  # of two models, or like karcher
+    "nuslerp", "nearswap", "arcee_fusion", "multislerp",  # like slerp or karcher, or without a default
     "passthrough", "wise_ft", "expo",  # of one model
     "breadcrumbs_ties", "della_linear", "dare", "ram", "core_space", "magnitude", "subspace_boosting",
 }  # fmt: skip
 """Methods of the registry that are no contenders of their own, or near twins of one."""
 
 FAMILIES = {
-    "linear": "average", "karcher": "average", "model_stock": "average", "task_arithmetic": "elementwise",
+    "linear": "average", "slerp": "average", "karcher": "average", "model_stock": "average",
+    "task_arithmetic": "elementwise",
     "ties": "elementwise", "dare_ties": "elementwise", "breadcrumbs": "elementwise", "della": "elementwise",
     "pcb": "elementwise", "magmax": "elementwise", "sce": "elementwise", "consensus": "elementwise",
     "ram_plus": "elementwise", "lines": "elementwise", "tsv": "spectral", "iso_c": "spectral",
@@ -120,6 +122,7 @@ def of_method(method: Method) -> Contender:
     return Contender(
         method.name, method.name, make, FAMILIES.get(method.name, "keeps experts" if per_task else "other"), seen,
         PUBLISHED.get(method.name, {}), {"scale": grid} if grid else {}, method.base == "required", per_task,
+        method.models,
     )  # fmt: skip
 
 
@@ -183,6 +186,9 @@ def reason(contender: Contender, setting: Setting) -> str:
     """Why a contender cannot run on this suite, or an empty string."""
     if contender.needs_base and setting.suite.base is None:
         return "needs a base"
+    low, high = contender.models
+    if len(setting.tasks) < low or (high is not None and len(setting.tasks) > high):
+        return f"merges {low} models" if low == high else f"merges {low} or more models"
     if contender.seen != "none":
         try:
             for task in setting.tasks:

@@ -67,3 +67,82 @@ class ViT(nn.Module):
             x = block(x)
         logits: Tensor = self.head(self.norm(x).mean(1))
         return logits
+
+
+class Residual(nn.Module):
+    """relu(s(x) + B(C(relu(B(C(x)))))): C 3×3 convolutions, B BatchNorm, s 1×1 where shapes change."""
+
+    def __init__(self, into: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = (
+            nn.Conv2d(into, out, 3, stride, 1, bias=False),
+            nn.Conv2d(out, out, 3, 1, 1, bias=False),
+        )
+        self.norm1, self.norm2 = nn.BatchNorm2d(out), nn.BatchNorm2d(out)
+        self.skip = nn.Conv2d(into, out, 1, stride, bias=False) if into != out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        return F.relu(self.skip(x) + y)
+
+
+class ResNet(nn.Module):
+    """Images [n, 3, side, side] → logits [n, classes]: three stages of one residual block, mean, head."""
+
+    def __init__(self, classes: int, width: int = 24) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        self.stages = nn.Sequential(
+            Residual(width, width, 1), Residual(width, 2 * width, 2), Residual(2 * width, 4 * width, 2)
+        )
+        self.head = nn.Linear(4 * width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stages(F.relu(self.norm(self.stem(x))))
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+class Encoder(nn.Module):
+    """Tokens [n, t], 0 for padding → logits [n, classes]: embeddings, blocks, mean over the tokens, head."""
+
+    def __init__(
+        self, classes: int, *, vocabulary: int = 2048, length: int = 24, width: int = 96, depth: int = 2,
+        heads: int = 4,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.position = nn.Parameter(0.02 * torch.randn(length, width))
+        self.blocks = blocks(depth, width, heads, 2)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        there = tokens != 0
+        x = self.embed(tokens) + self.position[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x, there)
+        weight = there[..., None].to(x.dtype)
+        logits: Tensor = self.head((self.norm(x) * weight).sum(1) / weight.sum(1).clamp_min(1))
+        return logits
+
+
+class GPT(nn.Module):
+    """Bytes [n, t] → logits of the next [n, t, 256]."""
+
+    def __init__(
+        self, classes: int = 256, *, length: int = 64, width: int = 96, depth: int = 2, heads: int = 4
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(classes, width)
+        self.position = nn.Parameter(0.02 * torch.randn(length, width))
+        self.blocks = blocks(depth, width, heads, 2, causal=True)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens) + self.position[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(self.norm(x))
+        return logits

@@ -78,14 +78,18 @@ class Family:
     about: Mapping[str, Any]
     code: Sequence[Any]
     frozen: Sequence[str] = ("head.*",)
+    grouped: bool = True
+    """Whether a task has columns of its own."""
 
     @property
     def width(self) -> int:
         return max(stop for _, stop in self.classes.values())
 
     @property
-    def groups(self) -> Tensor:
-        """[classes]: which task a column belongs to."""
+    def groups(self) -> Tensor | None:
+        """[classes]: which task a column belongs to; None where all tasks share them."""
+        if not self.grouped:
+            return None
         found = torch.full((self.width,), -1, dtype=torch.int64)
         for i, (start, stop) in enumerate(self.classes.values()):
             found[start:stop] = i

@@ -19,6 +19,11 @@ SUITES = {
     "digits": ("digits:digits", "five views of scikit-learn's digits, the demo's experts; no data folder"),
     "vision8": ("vision:vision8", "eight image sets, a small vision transformer"),
     "visionN": ("vision:vision_n", "the same with 2, 3 … all tasks"),
+    "resnet": ("resnet:resnet", "four of the image sets, a ResNet with BatchNorm"),
+    "text": ("text:text", "five classifications of short texts, a small encoder"),
+    "lm": ("lm:lm", "five corpora, a byte-level GPT; perplexity"),
+    "lora": ("lm:lora", "the same corpora, adapters of rank 8 on one base"),
+    "two-init": ("two_init:two_init", "two networks from different starts; no base, no data folder"),
 }
 """Name → where it is made, and what it is."""
 

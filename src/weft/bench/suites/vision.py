@@ -54,16 +54,16 @@ class Images:
         )  # fmt: skip
 
 
-def columns() -> dict[str, tuple[int, int]]:
+def columns(tasks: tuple[str, ...] = TASKS) -> dict[str, tuple[int, int]]:
     """Task → its columns of the head, one after the other."""
     found, start = {}, 0
-    for t in TASKS:
+    for t in tasks:
         found[t] = start, start + CLASSES.get(t, 10)
         start = found[t][1]
     return found
 
 
-def parts(folder: Path, name: str) -> Images:
+def parts(folder: Path, name: str, place: tuple[int, int]) -> Images:
     """Training images cut into few (for the base), validation, and train (for the expert)."""
     found = images(folder, name)
     x, y = found["train"]
@@ -71,13 +71,16 @@ def parts(folder: Path, name: str) -> Images:
     cuts = {"few": (0, few), "validation": (few, few + val), "train": (few + val, few + val + SIZES["train"])}
     cut = {k: (x[a:b], y[a:b]) for k, (a, b) in cuts.items()}
     test = found["test"]
-    return Images(**cut, test=(test[0][:TEST], test[1][:TEST]), columns=columns()[name])
+    return Images(**cut, test=(test[0][:TEST], test[1][:TEST]), columns=place)
 
 
-def family(folder: Path, kind: str, make: Callable[[int], nn.Module], code: tuple[Any, ...]) -> Family:
+def family(
+    folder: Path, kind: str, make: Callable[[int], nn.Module], code: tuple[Any, ...],
+    tasks: tuple[str, ...] = TASKS,
+) -> Family:  # fmt: skip
     """Base and experts of a network on these tasks."""
-    about = {"files": digest(folder, TASKS), "sizes": SIZES, "split": 1}
-    return Family(kind, make, columns(), BASE, EXPERT, about, code)
+    about = {"files": digest(folder, tasks), "sizes": SIZES, "split": 1}
+    return Family(kind, make, columns(tasks), BASE, EXPERT, about, code)
 
 
 def vision8(seed: int, data: str | Path | None = None, say: Callable[[str], None] = lambda _: None) -> Suite:
@@ -100,7 +103,7 @@ def vision_n(
 
 def made(name: str, folder: Path, of: Family, seed: int, say: Callable[[str], None], about: str) -> Suite:
     """The suite of one network family, its models from the cache or trained now."""
-    found: Mapping[str, Images] = {t: parts(folder, t) for t in TASKS}
+    found: Mapping[str, Images] = {t: parts(folder, t, place) for t, place in of.classes.items()}
     base = of.pretrained(lambda: {t: p.targets(p.few) for t, p in found.items()}, seed, say)
 
     def expert(task: str) -> dict[str, Tensor]:
@@ -110,12 +113,12 @@ def made(name: str, folder: Path, of: Family, seed: int, say: Callable[[str], No
         x, y = joined([p.targets(p.train) for p in found.values()])
         return x, y
 
-    experts = {t: expert(t) for t in TASKS}
+    experts = {t: expert(t) for t in of.classes}
     unseen = []
     for task, like in UNSEEN.items():
         test = images(folder, task)["test"]
-        unseen.append(Task(task, {"test": (test[0][:TEST], test[1][:TEST])}, columns()[like]))
+        unseen.append(Task(task, {"test": (test[0][:TEST], test[1][:TEST])}, of.classes[like]))
     return Suite(
-        name, lambda: of.make(of.width), [found[t].task(t) for t in TASKS], experts, base, unseen,
+        name, lambda: of.make(of.width), [p.task(t) for t, p in found.items()], experts, base, unseen,
         joint=of.tuned(base, "joint", together, seed, say, JOINT), about=about, seed=seed,
     )  # fmt: skip
