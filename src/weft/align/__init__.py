@@ -16,15 +16,50 @@ from types import ModuleType
 from typing import Any
 
 _WHERE = {
-    "Group": "spec", "Node": "spec", "PermutationSpec": "spec", "Permuted": "apply", "agreement": "weights",
-    "discover": "discovery", "preserved": "discovery", "reordered": "apply", "spec_of": "verb",
+    "Group": "spec",
+    "Node": "spec",
+    "PermutationSpec": "spec",
+    "Permuted": "apply",
+    "agreement": "weights",
+    "annealed": "annealing",
+    "c2m3": "many",
+    "discover": "discovery",
+    "hardened": "soft",
+    "merge_many": "many",
+    "preserved": "discovery",
+    "relating": "many",
+    "reordered": "apply",
+    "sinkhorn_matching": "sinkhorn",
+    "softened": "soft",
+    "softly_reordered": "soft",
+    "spec_of": "verb",
+    "straight_through": "straight",
+    "together": "many",
     "weight_matching": "weights",
-}  # fmt: skip
+}
 
 __all__ = [
-    "Group", "Node", "PermutationSpec", "Permuted", "agreement", "discover", "preserved", "reordered", "spec_of",
+    "Group",
+    "Node",
+    "PermutationSpec",
+    "Permuted",
+    "agreement",
+    "annealed",
+    "c2m3",
+    "discover",
+    "hardened",
+    "merge_many",
+    "preserved",
+    "relating",
+    "reordered",
+    "sinkhorn_matching",
+    "softened",
+    "softly_reordered",
+    "spec_of",
+    "straight_through",
+    "together",
     "weight_matching",
-]  # fmt: skip
+]
 
 
 class _Verb(ModuleType):

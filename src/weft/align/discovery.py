@@ -130,7 +130,8 @@ def _guessed(module: nn.Module) -> Inputs:
         return sample_inputs(module)
     first = next((m for m in module.modules() if next(m.parameters(recurse=False), None) is not None), None)
     if isinstance(first, nn.Linear):
-        return torch.randn(2, first.in_features, generator=torch.Generator().manual_seed(0))
+        made = torch.randn(2, first.in_features, generator=torch.Generator().manual_seed(0))
+        return made.to(first.weight.dtype)
     raise UsageError(
         f"give example_inputs for {type(module).__name__}: a tensor, a tuple of arguments or a mapping, "
         "with which it is run once to find its symmetries"

@@ -19,6 +19,9 @@ from weft.errors import UsageError, did_you_mean
 
 MATCHERS = {
     "weights": "weft.align.weights:weight_matching",
+    "ste": "weft.align.straight:straight_through",
+    "sinkhorn": "weft.align.sinkhorn:sinkhorn_matching",
+    "annealing": "weft.align.annealing:annealed",
 }
 """Ways to match: functions `(spec, a, b, **options)` that give permutations of b, or a checkpoint that fits a."""
 

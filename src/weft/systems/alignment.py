@@ -5,6 +5,7 @@ from __future__ import annotations
 from weft.systems import System
 
 THEORY = "tests/systems/test_theory.py::"
+ALIGNED = "tests/systems/test_alignment.py::"
 
 SYSTEMS = (
     System("M12", "LMC barrier / instability", "2.2.2.3", "analysis",
@@ -14,7 +15,9 @@ SYSTEMS = (
            test=THEORY + "test_runs_from_one_start_are_connected_and_independent_ones_are_not"),
     System("M13", "Entezari SA search", "2.2.2.3", "alignment",
            "Entezari et al., ICLR 2022, arXiv:2110.06296",
-           "Searches permutations by simulated annealing to show that they remove most of the barrier."),
+           "Searches permutations by simulated annealing to show that they remove most of the barrier.",
+           entry="weft.align.annealing:annealed",
+           test=ALIGNED + "test_annealing_shows_that_most_of_the_barrier_is_a_matter_of_order"),
     System("M14", "Layer-wise LMC", "2.2.2.3", "analysis", "Adilova et al., ICLR 2024",
            "The barrier when only some layers are interpolated.",
            entry="weft.analysis.layerwise:layerwise_barrier",
@@ -44,15 +47,23 @@ SYSTEMS = (
            test="tests/systems/test_matching.py::test_activation_matching_lets_independent_networks_be_averaged"),
     System("M21", "Weight matching", "2.2.2.3", "alignment",
            "Ainsworth et al., Git Re-Basin, ICLR 2023, arXiv:2209.04836",
-           "Permutes units, layer after layer, so that the weights of two models agree most; needs no data."),
+           "Permutes units, layer after layer, so that the weights of two models agree most; needs no data.",
+           entry="weft.align.weights:weight_matching",
+           test=ALIGNED + "test_weight_matching_removes_most_of_the_barrier_without_data"),
     System("M22", "STE matching", "2.2.2.3", "alignment",
            "Ainsworth et al., Git Re-Basin, ICLR 2023, arXiv:2209.04836",
-           "Learns the permutation by the loss of the midpoint, with a straight-through gradient."),
+           "Learns the permutation by the loss of the midpoint, with a straight-through gradient.",
+           entry="weft.align.straight:straight_through",
+           test=ALIGNED + "test_the_straight_through_estimator_goes_below_the_matching_that_it_starts_from"),
     System("M23", "MergeMany", "2.2.2.3", "alignment",
            "Ainsworth et al., Git Re-Basin, ICLR 2023, arXiv:2209.04836",
-           "Matches each of several models to the mean of the others until nothing moves."),
+           "Matches each of several models to the mean of the others until nothing moves.",
+           entry="weft.align.many:merge_many",
+           test=ALIGNED + "test_merge_many_brings_three_strangers_into_one_basin"),
     System("M24", "Sinkhorn Re-basin", "2.2.2.3", "alignment", "Peña et al., CVPR 2023, arXiv:2212.12042",
-           "Learns soft permutations through the Sinkhorn operator with implicit gradients."),
+           "Learns soft permutations through the Sinkhorn operator with implicit gradients.",
+           entry="weft.align.sinkhorn:sinkhorn_matching",
+           test=ALIGNED + "test_sinkhorn_re_basin_learns_permutations_by_gradient"),
     System("M25", "MuDSC", "2.2.2.3", "alignment", "Xu et al., CVPR 2024",
            "Matches units by weights and activations at once."),
     System("M26", "Deep-Align", "2.2.2.3", "alignment", "Navon et al., ICML 2024",
@@ -62,5 +73,7 @@ SYSTEMS = (
            entry="weft.calibrate.repair:repair",
            test="tests/systems/test_calibration.py::test_repair_lifts_the_midpoint_of_independent_networks"),
     System("M28", "C2M3", "2.2.2.3", "alignment", "Crisostomi et al., NeurIPS 2024, arXiv:2405.17897",
-           "Matches many models through one universe, so that the permutations agree around every cycle."),
+           "Matches many models through one universe, so that the permutations agree around every cycle.",
+           entry="weft.align.many:c2m3",
+           test=ALIGNED + "test_c2m3_agrees_around_every_cycle_and_merges_better"),
 )  # fmt: skip
