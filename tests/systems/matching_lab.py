@@ -77,3 +77,36 @@ def unlabelled(n: int = 600) -> list[tuple[Tensor]]:
     """Training images without labels, in two batches."""
     x = digits()[0][0][:n]
     return [(x[: n // 2],), (x[n // 2 :],)]
+
+
+class Reader(nn.Module):
+    """A transformer of one block that reads a digit row by row: two heads, a residual stream, norms."""
+
+    def __init__(self, width: int = 24, heads: int = 2, hidden: int = 32) -> None:
+        super().__init__()
+        self.heads = heads
+        self.embed, self.place = nn.Linear(8, width), nn.Parameter(torch.randn(8, width) * 0.3)
+        self.norm1, self.norm2, self.last = (nn.LayerNorm(width) for _ in range(3))
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down, self.head = (
+            nn.Linear(width, hidden),
+            nn.Linear(hidden, width),
+            nn.Linear(width, 10),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x.unflatten(-1, (8, 8))) + self.place
+        z = self.norm1(h)
+        q, k, v = (m(z).unflatten(-1, (self.heads, -1)).transpose(1, 2) for m in (self.q, self.k, self.v))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        h = h + self.o(mixed.transpose(1, 2).flatten(2))
+        h = h + self.down(torch.relu(self.up(self.norm2(h))))
+        return self.head(self.last(h).mean(1))
+
+
+@lru_cache
+def reader(seed: int, width: int = 24, hidden: int = 32, epochs: int = 15) -> nn.Module:
+    """A transformer of its own start."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return fitted(Reader(width, 2, hidden), seed, epochs=epochs, rate=5e-3)

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from weft.align.discovery import plain
 from weft.align.networks import Net
-from weft.align.pieces import Piece, apart
+from weft.align.pieces import Piece, apart, in_front
 from weft.align.terms import Product, Term, groups_in, parsed, product, size_of
 from weft.errors import DataError, Problems, UsageError
 from weft.statistics.batches import Batch, Data, batches, outputs_of
@@ -116,7 +116,7 @@ class Activations:
         wanted = (*spec.groups[group].within, group)
         for a, b in zip(self._positions(site, i), self._positions(site, j), strict=True):
             if group in a.labels and not set(spec.inner(group)) & set(a.labels):
-                yield paired(values, _front(a, wanted), _front(b, wanted))
+                yield paired(values, in_front(a, wanted), in_front(b, wanted))
 
     def _positions(self, site: Site, i: int) -> list[Piece]:
         """Where in the joint matrix the units of model i stand, in pieces."""
@@ -127,13 +127,6 @@ class Activations:
 
 def _length(site: Site, net: Net) -> int:
     return size_of(site.term, net.sizes) or 1
-
-
-def _front(piece: Piece, wanted: Sequence[str]) -> Tensor:
-    """A piece's positions, [*wanted, the rest]."""
-    order = [piece.labels.index(w) for w in wanted]
-    rest = [k for k in range(piece.values.dim()) if k not in order]
-    return piece.values.permute(*order, *rest).reshape(*(piece.values.shape[k] for k in order), -1)
 
 
 def paired(values: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from weft.align.correlate import Alignment, matched
 from weft.align.maps import Mix
 from weft.align.networks import Net, comparable, opened
 from weft.align.solving import at_pairs
-from weft.align.spec import PermutationSpec, _grid
+from weft.align.spec import PermutationSpec
 from weft.align.terms import groups_in
 from weft.api import Model
 from weft.errors import UsageError
@@ -59,20 +59,17 @@ def mixing_groups(net: Net) -> set[str]:
 def _map(found: Activations, group: str, order: dict[str, Tensor], gamma: float) -> Mix:
     """The maps of one group, for each unit of those it is within as they are matched."""
     target, source = found.nets
-    spec = target.spec
+    sides: list[dict[str, Tensor]] = [{}, order]
 
     def block(i: int, j: int) -> Tensor:
         s = found.cross(group, i, j, "covariance")
         assert s is not None
-        return at_pairs(spec, group, s, order if i != j else {})
+        return at_pairs(target.spec, group, s, sides[j], sides[i])
 
-    def moved(values: Tensor) -> Tensor:
-        within = spec.groups[group].within
-        return values[tuple(_grid(spec, within, order))] if within else values
-
-    ridge = gamma * torch.eye(source.sizes[group], dtype=torch.float64)
-    hint = (TINY * gamma) * torch.nn.functional.one_hot(order[group], source.sizes[group])
-    aa, bb, ab = block(0, 0) + ridge, moved(block(1, 1)) + ridge, block(0, 1) + hint
+    n = source.sizes[group]
+    ridge = gamma * torch.eye(n, dtype=torch.float64)
+    hint = (TINY * gamma) * torch.nn.functional.one_hot(order[group], n)
+    aa, bb, ab = block(0, 0) + ridge, block(1, 1) + ridge, block(0, 1) + hint
     a_half, a_back = _roots(aa)
     b_half, b_back = _roots(bb)
     u, _, vt = torch.linalg.svd(a_back @ ab @ b_back)

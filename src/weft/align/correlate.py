@@ -80,6 +80,8 @@ def by_activations(
     return Alignment(target, source, matched(found, of))
 
 
-def matched(found: Activations, of: Of, i: int = 0, j: int = 1) -> dict[str, Tensor]:
+def matched(
+    found: Activations, of: Of, i: int = 0, j: int = 1, groups: tuple[str, ...] | None = None
+) -> dict[str, Tensor]:
     """The permutations of model j that bring it to model i."""
-    return solved(found.nets[i].spec, lambda group: found.cross(group, i, j, of))
+    return solved(found.nets[i].spec, lambda group: found.cross(group, i, j, of), groups)

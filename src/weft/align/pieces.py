@@ -59,5 +59,12 @@ def together(pieces: Iterator[Tensor], row: Labels) -> Tensor:
     return next(pieces)
 
 
+def in_front(piece: Piece, wanted: Sequence[str]) -> Tensor:
+    """A piece's values, [*wanted, all else]."""
+    order = [piece.labels.index(w) for w in wanted]
+    rest = [k for k in range(piece.values.dim()) if k not in order]
+    return piece.values.permute(*order, *rest).reshape(*(piece.values.shape[k] for k in order), -1)
+
+
 def _put(row: Labels, k: int, terms: Labels) -> Labels:
     return (*row[:k], *terms, *row[k + 1 :])

@@ -24,13 +24,15 @@ def _scipy() -> Any:
 
 
 def assigned(score: Tensor) -> Tensor:
-    """π maximising Σ_i score[i, π_i], for each matrix of [..., n, n]: int64 [..., n]. Exact."""
+    """π maximising Σ_i score[i, π_i], for each matrix of [..., n, m], n ≤ m: int64 [..., n]. Exact."""
     flat = score.reshape(-1, *score.shape[-2:])
     return torch.stack([assign.assigned(s) for s in flat]).reshape(score.shape[:-1])
 
 
 def gained(score: Tensor) -> Tensor:
-    """max_π Σ_i score[i, π_i] for each matrix of [..., n, n]."""
+    """The largest Σ score[i, π_i] for each matrix of [..., n, m]; the fewer units are all matched."""
+    if score.shape[-2] > score.shape[-1]:
+        score = score.mT
     return score.gather(-1, assigned(score)[..., None]).sum((-2, -1))
 
 

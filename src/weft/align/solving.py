@@ -52,15 +52,17 @@ def _summed(
     return value.permute(*order)
 
 
-def at_pairs(spec: PermutationSpec, group: str, scores: Tensor, known: Mapping[str, Tensor]) -> Tensor:
-    """[o, p, …, n, m] → [o, …, n, m]: only for the pairs of outer units that are matched."""
+def at_pairs(
+    spec: PermutationSpec, group: str, scores: Tensor, known: Mapping[str, Tensor],
+    made: Mapping[str, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """[o, p, …, n, m] → [o, …, n, m]: only the pairs of outer units that are matched, by `known` and by `made`
+    (the identity) for the two sides."""
     within = spec.groups[group].within
     if not within:
         return scores
-    places = torch.meshgrid(*(torch.arange(spec.groups[w].size) for w in within), indexing="ij")
-    there = _grid(spec, within, known)
-    index = [x for here, source in zip(places, there, strict=True) for x in (here, source)]
-    return scores[tuple(index)]
+    sides = [_grid(spec, within, order) for order in (made or {}, known)]
+    return scores[tuple(x for pair in zip(*sides, strict=True) for x in pair)]
 
 
 def permutations(

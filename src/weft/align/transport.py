@@ -21,7 +21,7 @@ from weft.align.apply import places, reorder
 from weft.align.correlate import Alignment
 from weft.align.maps import Mix, mixed
 from weft.align.networks import Net, comparable, opened
-from weft.align.pieces import Piece, apart
+from weft.align.pieces import Piece, apart, in_front
 from weft.align.plans import assigned, entropic, exact
 from weft.align.solving import Score, at_pairs, total
 from weft.align.spec import PermutationSpec
@@ -56,7 +56,7 @@ def ot_fusion(
     target, source = opened(
         [to, model], data, module=module, spec=spec, forward=forward, example_inputs=example_inputs
     )
-    _whole_groups(target, source)
+    whole_groups(target, source)
     solver = _Transport(target, source, reg)
     if by == "activations":
         found = activations([target, source], data, watch=watch, samples=samples)
@@ -132,7 +132,7 @@ class _Transport:
         for name in dict.fromkeys(n for n, _ in self.source.written(group)):
             for a, b in self._pieces(name, group):
                 if _usable(a, group, self):
-                    x, y = (_rows(p, wanted) for p in (a, b))
+                    x, y = (in_front(p, wanted) for p in (a, b))
                     s = pair_products(x, y)
                     d = _distance((x * x).sum(-1), (y * y).sum(-1), s) ** 2
                     squares = d if squares is None else squares + d
@@ -171,7 +171,7 @@ def _usable(piece: Piece, group: str, solver: _Transport) -> bool:
     return not others and not set(spec.inner(group)) & set(piece.labels)
 
 
-def _whole_groups(target: Net, source: Net) -> None:
+def whole_groups(target: Net, source: Net) -> None:
     """Groups that hold others can only be permuted, so there must be as many in both."""
     comparable([target, source])
     problems = [
@@ -182,13 +182,6 @@ def _whole_groups(target: Net, source: Net) -> None:
     if problems:
         raise Problems("units that hold others (heads, experts) are matched whole: there must be as many in both",
                        problems)  # fmt: skip
-
-
-def _rows(piece: Piece, wanted: tuple[str, ...]) -> Tensor:
-    order = [piece.labels.index(w) for w in wanted]
-    rest = [k for k in range(piece.values.dim()) if k not in order]
-    moved = piece.values.permute(*order, *rest)
-    return moved.reshape(*moved.shape[: len(order)], -1)
 
 
 def pair_products(x: Tensor, y: Tensor) -> Tensor:
