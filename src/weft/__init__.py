@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from weft.llm.upscale import expanded, upscaled
     from weft.recipes.build import build
     from weft.routing.build import route
+    from weft.statistics.iterated import iteris
     from weft.statistics.measure import measure
+    from weft.statistics.remeasured import regmean_pp
     from weft.train.loop import finetune
 
 _API = {"load": "weft.api", "merge": "weft.api", "save": "weft.api", "materialize": "weft.api",
@@ -52,7 +54,8 @@ _API = {"load": "weft.api", "merge": "weft.api", "save": "weft.api", "materializ
         "layers": "weft.llm.slices", "stacked": "weft.llm.slices", "shuffled": "weft.llm.shuffle",
         "analyze": "weft.analysis.analyze", "upscaled": "weft.llm.upscale", "expanded": "weft.llm.upscale",
         "finetune": "weft.train.loop", "route": "weft.routing.build", "bench": "weft.bench.run",
-        "measure": "weft.statistics.measure",
+        "measure": "weft.statistics.measure", "iteris": "weft.statistics.iterated",
+        "regmean_pp": "weft.statistics.remeasured",
         "WeftError": "weft.errors", "DataError": "weft.errors", "UsageError": "weft.errors"}  # fmt: skip
 
 _VERBS = ("align", "learn")
@@ -74,6 +77,7 @@ __all__ = [
     "expanded",
     "extract_lora",
     "finetune",
+    "iteris",
     "layers",
     "learn",
     "load",
@@ -85,6 +89,7 @@ __all__ = [
     "pack_delta",
     "pack_family",
     "reduce_experts",
+    "regmean_pp",
     "resize_lora",
     "route",
     "save",

@@ -52,7 +52,7 @@ class Grams(Protocol):
 
     @property
     def shape(self) -> Sequence[int]: ...
-    def __getitem__(self, i: int, /) -> Tensor: ...
+    def __getitem__(self, at: int | tuple[int, int], /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,24 @@ def change(t: Tensor) -> Tensor:
     return t.T @ t
 
 
+def of_change(t: Tensor) -> Moments:
+    return Moments(change(t))
+
+
 def trace(g: Tensor) -> float:
     return float(g.diagonal().sum())
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of a task's inputs, [n, n] float64."""
+
+    g: Tensor
+    """Of the inputs x̃ that the merged map is to be good on; may be written to."""
+    cross: Tensor | None = None
+    """Σ x x̃ᵀ, where the task's outputs were those of other inputs x: the target is τᵢ Σ x x̃ᵀ, not τᵢ Gᵢ."""
+    own: Tensor | None = None
+    """Of these x."""
 
 
 @dataclass(frozen=True)
@@ -87,20 +103,19 @@ class Task:
     t: Tensor
     """[m, n], float64."""
     weight: float
-    gram: Callable[[], Tensor]
-    """Makes Gᵢ [n, n] float64: a fresh one each time, that may be written to."""
+    moments: Callable[[], Moments]
     whole: Tensor | None = None
     """The weights Wᵢ themselves, where outputs are to be weighed."""
 
 
-def normalised(task: Task, g: Tensor, how: Settings) -> float:
+def normalised(task: Task, has: Moments, how: Settings) -> float:
     """wᵢ over what `normalize` says; 0 where that is zero, since such a task has no inputs."""
     if how.normalize == "none":
         return task.weight
     if how.normalize == "trace" or task.whole is None:
-        size = trace(g)
+        size = trace(has.g)
     else:
-        size = float(((task.whole @ g) * task.whole).sum())
+        size = float(((task.whole @ (has.g if has.own is None else has.own)) * task.whole).sum())
     return task.weight / size if size > 0 else 0.0
 
 
@@ -123,11 +138,11 @@ def solve(tasks: Sequence[Task], how: Settings, n: int, rows: int, tol: float, e
     fresh = any(task.t.requires_grad for task in tasks)  # autograd keeps each Gram matrix as it was
     c = r = None
     for task in tasks:
-        g = task.gram()
-        w = normalised(task, g, how)
+        has = task.moments()
+        w, g = normalised(task, has, how), has.g
         if w:
             g.mul_(w)
-            term = (task.t - start) @ g
+            term = (task.t - start) @ g if has.cross is None else task.t @ (has.cross * w) - start @ g
             if c is None or r is None:
                 c, r = g.clone() if fresh else g, term
             else:
@@ -154,7 +169,7 @@ def from_changes(t: Sequence[Tensor], w: Sequence[float], how: Settings) -> Tens
     # Adam goes by coordinates, so a turned basis would be another descent
     basis = None if how.steps else row_space([x.detach() for x in own])
     parts = own if basis is None else [x @ basis for x in own]
-    tasks = [Task(x, w[i], partial(change, x.detach())) for x, i in zip(parts, taking, strict=True)]
+    tasks = [Task(x, w[i], partial(of_change, x.detach())) for x, i in zip(parts, taking, strict=True)]
     how = replace(how, rate=how.rate * c)
     rows = sum(len(x) for x in own)
     made = solve(tasks, how, t[0].shape[1], rows, EIGEN_TOL, 1e-8 * c)
@@ -174,16 +189,20 @@ def row_space(t: Sequence[Tensor]) -> Tensor | None:
     return basis
 
 
-def mixed(read: Callable[[], Tensor], t: Tensor, how: Settings) -> Tensor:
-    """(1 − ρ) G / tr G + ρ τᵀτ / ‖τ‖², or the measured G with its off-diagonals shrunk. A fresh tensor."""
+def mixed(read: Callable[[], Tensor], t: Tensor, how: Settings) -> Moments:
+    """(1 − ρ) G / tr G + ρ τᵀτ / ‖τ‖², or the measured G with its off-diagonals shrunk."""
     g, alpha = read().detach(), how.off_diagonal
+    if g.shape[-1] == 2 * t.shape[-1]:  # of x and x̃ side by side
+        n = t.shape[-1]
+        p = g.to(torch.float64, copy=True)
+        return Moments(p[n:, n:], p[:n, n:], p[:n, :n])
     g = off_diagonals(g.double(), alpha) if alpha < 1 else g.to(torch.float64, copy=True)
     if not how.prior:
-        return g
+        return Moments(g)
     own = change(t)
     size, norm = trace(g), trace(own)
     g.mul_((1 - how.prior) / size if size > 0 else 0.0)
-    return g.add_(own, alpha=how.prior / norm) if norm > 0 else g
+    return Moments(g.add_(own, alpha=how.prior / norm) if norm > 0 else g)
 
 
 def from_inputs(
@@ -237,16 +256,21 @@ def by_changes(x: Tensor, at: At, weight: PerModel, outside: Outside, how: Setti
 
 
 def by_inputs(
-    x: Tensor, gram: Grams, at: At, weight: PerModel, how: Settings, base: Tensor | None = None
-) -> Tensor:
-    """Every map that x [k, *shape] holds merged by the Gram matrices of its inputs [k, (b,) d, d] → [*shape]."""
-    k, d, b = x.shape[0], gram.shape[-1], gram.shape[1] if len(gram.shape) == 4 else 1
+    x: Tensor, gram: Grams, at: At, weight: PerModel, how: Settings, base: Tensor | None = None,
+    paired: bool = False,
+) -> Tensor:  # fmt: skip
+    """Every map that x [k, *shape] holds merged by the Gram matrices of its inputs [k, (b,) d, d] → [*shape].
+
+    Where `paired` they are [k, (b,) 2d, 2d], of the models' own inputs and the merged model's side by side.
+    """
+    k, b = x.shape[0], gram.shape[1] if len(gram.shape) == 4 else 1
+    d = gram.shape[-1] // (2 if paired else 1)
     w = some(weight, k)
     stack = blocks_of(x, d, b, at.transposed).double()
     own = None if base is None else blocks_of(base[None], d, b, at.transposed).double()[0]
 
     def reader(i: int, block: int) -> Callable[[], Tensor]:
-        return lambda: gram[i].reshape(b, d, d)[block]
+        return lambda: gram[i, block] if len(gram.shape) == 4 else gram[i]
 
     made = [
         from_inputs(

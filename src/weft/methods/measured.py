@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,8 +82,15 @@ class Whole:
         self._held, self._one = list(held), source.info(key).shape
         self.shape = (len(held), *self._one)
 
-    def __getitem__(self, i: int) -> Tensor:
-        return read(*self._held[i]).reshape(self._one)
+    def __getitem__(self, at: int | tuple[int, int]) -> Tensor:
+        """One model's, or one block [d, d] of it."""
+        i, block = (at, None) if isinstance(at, int) else at
+        source, key = self._held[i]
+        size = prod(self._one[1:])
+        if block is None or source.grain(key) > size:
+            whole = read(source, key).reshape(self._one)
+            return whole if block is None else whole[block]
+        return read(source, key, block * size, (block + 1) * size).reshape(self._one[1:])
 
 
 class Measured:
@@ -251,7 +259,7 @@ def read(source: Checkpoint, key: str, start: int = 0, stop: int | None = None) 
     if kind in NONNEGATIVE:
         shape = source.info(key).shape
         square = kind not in ELEMENTWISE and len(shape) > 1
-        checked = values.reshape(shape).diagonal(dim1=-2, dim2=-1) if square else values
+        checked = values.reshape(-1, *shape[-2:]).diagonal(dim1=-2, dim2=-1) if square else values
         bad = bad or ("is negative, which no measurement gives" if bool((checked < 0).any()) else "")
     if bad:
         raise DataError(f"{source.origin}: the {kind} of {name!r} {bad}: measure it again")

@@ -29,7 +29,7 @@ HIDDEN = "hidden_states"
 
 
 @dataclass
-class _Passing:
+class Passing:
     """One batch on its way through the blocks."""
 
     batch: Batch
@@ -57,7 +57,10 @@ def stack_of(module: nn.Module) -> tuple[str, list[nn.Module]]:
 
 
 class Stack:
-    """A module whose values come from a checkpoint, block by block."""
+    """A module whose values come from a checkpoint, block by block.
+
+    `values(name)` gives them by their stored names; one that other values take the place of is a stack, too.
+    """
 
     def __init__(
         self, module: nn.Module, source: Checkpoint, device: torch.device, forward: Forward | None
@@ -65,15 +68,17 @@ class Stack:
         self.module, self.source, self.device, self.forward = module, source, device, forward
         self.name, self.blocks = stack_of(module)
         self.names = [f"{self.name}.{i}." if self.name else f"{i}." for i in range(len(self.blocks))]
-        self._tuple = False
+        self.values: Callable[[str], Tensor] = source.tensor
+        self.tuple = False
+        """Whether blocks give their result in a tuple."""
         state = module.state_dict(keep_vars=True)
         stored = {n: source.aliases.get(n, n) for n in state}
         first = {id(t): n for n, t in reversed(state.items()) if stored[n] in source}
-        self._stored = {n: stored[first.get(id(t), n)] for n, t in state.items()}
-        problems = [f"{n}: not in {source.origin}" for n, s in self._stored.items() if s not in source]
+        self.stored = {n: stored[first.get(id(t), n)] for n, t in state.items()}
+        problems = [f"{n}: not in {source.origin}" for n, s in self.stored.items() if s not in source]
         problems += [
             f"{n}: shape {list(source.info(s).shape)} does not fit {list(state[n].shape)}"
-            for n, s in self._stored.items()
+            for n, s in self.stored.items()
             if s in source and source.info(s).shape != tuple(state[n].shape)
         ]
         if problems:
@@ -81,21 +86,25 @@ class Stack:
 
     def run(self, batches: Sequence[Batch], watched: Watched) -> None:
         """One forward pass over all batches; every use of a parameter happens once, under watch."""
-        passing = [_Passing(b) for b in batches]
-        with self._outside(), self._without_cache(), torch.no_grad():
-            with self._filled(0):  # shows in which form blocks give their result
-                self._record(passing[0], 1)
-                _, self._tuple = self._advance(passing[0], 0)
+        passing = [Passing(b) for b in batches]
+        with self.outside(), self.without_cache(), torch.no_grad():
+            with self.filled(0):
+                self.begin(passing[0])
             for one in passing:
-                self._record(one, len(self.blocks))
+                self.record(one, len(self.blocks))
             for i in range(len(self.blocks)):
-                with self._filled(i):
+                with self.filled(i):
                     for one in passing:
-                        one.hidden, _ = watched(one.batch, partial(self._advance, one, i))
+                        one.hidden, _ = watched(one.batch, partial(self.advance, one, i))
             for one in passing:
-                self._hand_on(one, watched)
+                self.hand_on(one, watched)
 
-    def _record(self, one: _Passing, upto: int) -> None:
+    def begin(self, one: Passing) -> None:
+        """See in which form blocks give their result."""
+        self.record(one, 1)
+        _, self.tuple = self.advance(one, 0)
+
+    def record(self, one: Passing, upto: int) -> None:
         """Note what the first `upto` blocks are given; each gives back what it gets."""
         one.rest, one.hidden = [], None
         last: list[Tensor] = []
@@ -124,7 +133,7 @@ class Stack:
                 return
         raise UsageError(f"the blocks of {self.name or type(self.module).__name__} are not all run")
 
-    def _advance(self, one: _Passing, i: int) -> tuple[Tensor, bool]:
+    def advance(self, one: Passing, i: int) -> tuple[Tensor, bool]:
         """The hidden states behind block i, and whether it gave them in a tuple."""
         args, kwargs = one.rest[i]
         out = self.blocks[i](one.hidden, *args, **kwargs)
@@ -137,7 +146,7 @@ class Stack:
             )
         return first, isinstance(out, tuple)
 
-    def _hand_on(self, one: _Passing, watched: Watched) -> None:
+    def hand_on(self, one: Passing, watched: Watched) -> None:
         """The parts outside the blocks, on the true result of the last one."""
         end = one.hidden
         assert end is not None
@@ -153,7 +162,7 @@ class Stack:
         one.hidden = None
 
     def _formed(self, hidden: Any) -> Any:
-        return (hidden,) if self._tuple else hidden
+        return (hidden,) if self.tuple else hidden
 
     @contextmanager
     def _replaced(self, make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
@@ -168,11 +177,11 @@ class Stack:
                 del vars(block)["forward"]
                 vars(block).update(before)
 
-    def _filled(self, i: int) -> Any:
-        return self._with_values([n for n in self._stored if n.startswith(self.names[i])])
+    def filled(self, i: int) -> Any:
+        return self._with_values([n for n in self.stored if n.startswith(self.names[i])])
 
-    def _outside(self) -> Any:
-        return self._with_values([n for n in self._stored if not n.startswith(tuple(self.names))])
+    def outside(self) -> Any:
+        return self._with_values([n for n in self.stored if not n.startswith(tuple(self.names))])
 
     @contextmanager
     def _with_values(self, names: Sequence[str]) -> Iterator[None]:
@@ -187,7 +196,7 @@ class Stack:
                 old = held[leaf]
                 before.append((held, leaf, old))
                 if id(old) not in made:  # tied names stay tied
-                    value = self.source.tensor(self._stored[name]).to(self.device, old.dtype)
+                    value = self.values(self.stored[name]).to(self.device, old.dtype)
                     tied = isinstance(old, nn.Parameter)
                     made[id(old)] = nn.Parameter(value, requires_grad=False) if tied else value
                 held[leaf] = made[id(old)]
@@ -197,7 +206,7 @@ class Stack:
                 held[leaf] = old
 
     @contextmanager
-    def _without_cache(self) -> Iterator[None]:
+    def without_cache(self) -> Iterator[None]:
         """No keys and values kept for generation, which nobody asks for here."""
         config = getattr(self.module, "config", None)
         before = getattr(config, "use_cache", None)

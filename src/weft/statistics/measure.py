@@ -256,12 +256,13 @@ class Measurement:
         return {**self.sums.results(self.tied), **self.fisher.results(), **self.slopes.results()}
 
     def checkpoint(
-        self, model: Checkpoint, origin: str, asked: int | None, dtype: torch.dtype, about: str
-    ) -> Model:
+        self, model: Checkpoint, origin: str, asked: int | None, dtype: torch.dtype, about: str,
+        quiet: bool = False,
+    ) -> Model:  # fmt: skip
         """The statistics and what they are of: the values of `model`."""
         values = self.values()
         notes = self._notes(values, asked)
-        for note in notes:
+        for note in () if quiet else notes:
             warnings.warn(note, WeftWarning, stacklevel=3)
         rows = {use.name: n for use, n in self.sums.rows.items()}
         told = {
