@@ -51,6 +51,7 @@ def fuse_to_forget(models: Sequence[Model]) -> Checkpoint:
 
 TESTS = "tests/systems/test_llm.py::"
 HERE = "weft.systems.llm:"
+RUNS = "tests/systems/test_trajectory.py::"
 
 SYSTEMS = (
     System("S01", "ExPO (model extrapolation)", "2.3.1.1", "merge",
@@ -106,10 +107,12 @@ SYSTEMS = (
     System("S19", "SKU", "2.3.1.3", "training", "Liu et al., ACL Findings 2024, arXiv:2402.10058",
            "Trains a model on harm without normal skill, and subtracts it."),
     System("S20", "LAWA", "2.3.1.4", "training", "Kaddour, 2022, arXiv:2209.14981",
-           "Averages the latest checkpoints of a run while it is training."),
+           "Averages the latest checkpoints of a run while it is training.",
+           entry="weft.train.trace:Trace", test=RUNS + "test_the_latest_average_gets_there_earlier"),
     System("S21", "Early weight averaging with high LR (Sanyal)", "2.3.1.4", "training",
            "Sanyal et al., COLM 2024, arXiv:2306.03241",
-           "LAWA for pre-training: checkpoints far apart, at a high learning rate."),
+           "LAWA for pre-training: checkpoints far apart, at a high learning rate.",
+           entry="weft.train.trace:Trace", test=RUNS + "test_averaging_gains_more_at_a_high_rate"),
     System("S22", "Checkpoint Merging (Bayesian optimisation)", "2.3.1.4", "search",
            "Liu et al., 2024, arXiv:2403.19390",
            "Weighs neighbouring pre-training checkpoints by Bayesian optimisation.",

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import weft
 from weft.systems import System
 from weft.systems.basic import weight_average
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from weft.analysis.ensemble import Ensemble
     from weft.api import Model
     from weft.checkpoints.base import Checkpoint
+    from weft.train.loop import Finetuned
+    from weft.train.trace import Trace
 
 
 def wise_ft(zero_shot: Model, fine_tuned: Model, alpha: float = 0.5) -> Checkpoint:
@@ -46,15 +51,50 @@ def model_stock(models: Sequence[Model], base: Model) -> Checkpoint:
     return weft.merge(models, "model_stock", base=base)
 
 
+def periodic_swa(module: nn.Module, data: Any, *, period: int, **training: Any) -> tuple[Finetuned, Trace]:
+    """Train, every `period` steps going on from the mean of the weights since; and the mean since the last time.
+
+    The moments of the optimiser stay. `training` is `weft.finetune`'s.
+    """
+    from weft.train.loop import finetune
+    from weft.train.trace import Trace
+
+    trace = Trace("mean")
+    made = finetune(module, data, on_step=trace, on_round=trace.restart, round_every=period, **training)
+    return made, trace
+
+
+def ensemble_of_averages(
+    module: nn.Module, data: Any, *, runs: int = 6, start: float = 100, seed: int = 0, **training: Any
+) -> tuple[Ensemble, list[Finetuned]]:
+    """An ensemble of `runs` trainings with other orders of the data, each the mean of its iterates from `start`.
+
+    And the runs themselves, whose last weights are not averaged. `training` is `weft.finetune`'s.
+    """
+    from copy import deepcopy
+
+    from weft.analysis.ensemble import Ensemble
+    from weft.train.loop import finetune
+    from weft.train.trace import Trace
+
+    traces = [Trace("mean", start=start) for _ in range(runs)]
+    made = [finetune(module, data, on_step=t, seed=seed + i, **training) for i, t in enumerate(traces)]
+    averaged = [weft.materialize(t.checkpoint(), deepcopy(module)).eval() for t in traces]
+    return Ensemble(averaged), made
+
+
 TESTS = "tests/systems/test_ood.py::"
 LEARNED = "tests/systems/test_learned.py::"
 HERE = "weft.systems.ood:"
+RUNS = "tests/systems/test_trajectory.py::"
 
 SYSTEMS = (
     System("S67", "SWA", "2.4.3.1", "training", "Izmailov et al., UAI 2018, arXiv:1803.05407",
-           "The mean of the weights at the ends of late epochs."),
+           "The mean of the weights at the ends of late epochs.", aliases=("M61",),
+           entry="weft.train.trace:Trace", test=RUNS + "test_averages_along_a_run_are_better_than_its_end"),
     System("S68", "PSWA (periodic SWA)", "2.4.3.1", "training", "Guo et al., 2022",
-           "Averages in periods and restarts training from each average."),
+           "Averages in periods and restarts training from each average.",
+           entry=HERE + "periodic_swa", test=RUNS + "test_restarts_from_averages_are_ahead_of_plain_training"),
     System("S69", "Mean Teacher", "2.4.3.1", "training",
            "Tarvainen & Valpola, NeurIPS 2017, arXiv:1703.01780",
            "A teacher that is the moving average of its student, whose outputs it must match."),
@@ -67,7 +107,9 @@ SYSTEMS = (
            "Interpolates between a zero-shot model and its fine-tune, and keeps robustness.",
            entry=HERE + "wise_ft", test=TESTS + "test_wise_ft_regains_robustness_at_little_cost"),
     System("S73", "ASWA adaptive SWA", "2.4.3.1", "training", "Demir et al., JMLR 2024, arXiv:2406.19092",
-           "Takes an epoch into the average only if validation does not suffer."),
+           "Takes an epoch into the average only if validation does not suffer.",
+           entry="weft.train.trace:Trace",
+           test=RUNS + "test_an_average_that_validation_accepts_leaves_out_bad_states"),
     System("S74", "TWA trainable weight averaging", "2.4.3.1", "training", "Li et al., ICLR 2023",
            "Trains in the span of a run's checkpoints.", entry="weft.learn.soups:twa",
            test=LEARNED + "test_training_in_the_span_of_half_a_run_reaches_its_end"),
@@ -104,7 +146,10 @@ SYSTEMS = (
     System("S86", "Lookaround", "2.4.3.1", "training", "Zhang et al., NeurIPS 2023, arXiv:2306.07684",
            "An optimiser that steps along several augmentations and averages every few steps."),
     System("S87", "SWAD", "2.4.3.2", "training", "Cha et al., NeurIPS 2021, arXiv:2102.08604",
-           "Averages every iterate while the validation loss lies in its valley."),
+           "Averages every iterate while the validation loss lies in its valley.",
+           entry="weft.train.valley:Valley", test=RUNS + "test_the_valley_leaves_out_where_the_run_overfits"),
     System("S88", "EoA ensemble of averages", "2.4.3.2", "inference",
-           "Arpit et al., NeurIPS 2022, arXiv:2110.10832", "An ensemble of averaged runs."),
+           "Arpit et al., NeurIPS 2022, arXiv:2110.10832", "An ensemble of averaged runs.",
+           aliases=("M63",), entry=HERE + "ensemble_of_averages",
+           test=RUNS + "test_an_ensemble_of_averages_is_better_than_one_of_last_iterates"),
 )  # fmt: skip

@@ -5,16 +5,20 @@ from __future__ import annotations
 from weft.systems import System
 
 TESTS = "tests/systems/test_theory.py::"
+RUNS = "tests/systems/test_trajectory.py::"
 
 SYSTEMS = (
     System("M61", "SWA / EMA", "2.2.4", "training", "Izmailov et al., UAI 2018, arXiv:1803.05407",
-           "Running means of one training run's weights.", aliases=("S67",)),
+           "Running means of one training run's weights.", aliases=("S67",),
+           entry="weft.train.trace:Trace", test=RUNS + "test_averages_along_a_run_are_better_than_its_end"),
     System("M62", "Tail-averaged SGD bound", "2.2.4", "analysis", "Jain et al., JMLR 2018, arXiv:1610.03774",
            "Excess risk of least squares by SGD whose last iterates are averaged.",
            entry="weft.analysis.least_squares:tail_averaging",
            test=TESTS + "test_tails_of_sgd_on_least_squares_are_near_efficient_and_iterates_are_not"),
     System("M63", "SMA / EoA", "2.2.4", "training", "Arpit et al., NeurIPS 2022, arXiv:2110.10832",
-           "The mean of all iterates of a run, and the ensemble of such means.", aliases=("S88",)),
+           "The mean of all iterates of a run, and the ensemble of such means.", aliases=("S88",),
+           entry="weft.systems.ood:ensemble_of_averages",
+           test=RUNS + "test_an_ensemble_of_averages_is_better_than_one_of_last_iterates"),
     System("M64", "DiWA", "2.2.4", "analysis", "Ramé et al., NeurIPS 2022, arXiv:2205.09739",
            "Bias, variance, covariance and locality of averaged weights.", aliases=("S83",),
            entry="weft.analysis.decomposition:bias_variance",

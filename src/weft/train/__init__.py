@@ -15,12 +15,13 @@ from typing import Any
 
 _WHERE = {
     "Charted": "model", "Direct": "chart", "Finetuned": "loop", "Linearised": "model", "LowRank": "lowrank",
-    "Shared": "chart", "Training": "loop", "chosen": "select", "finetune": "loop", "load_linearised": "stored",
+    "Shared": "chart", "Trace": "trace", "Training": "loop", "Valley": "valley", "chosen": "select",
+    "finetune": "loop", "load_linearised": "stored",
 }  # fmt: skip
 
 __all__ = [
-    "Charted", "Direct", "Finetuned", "Linearised", "LowRank", "Shared", "Training", "chosen", "finetune",
-    "load_linearised",
+    "Charted", "Direct", "Finetuned", "Linearised", "LowRank", "Shared", "Trace", "Training", "Valley", "chosen",
+    "finetune", "load_linearised",
 ]  # fmt: skip
 
 
