@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-
-transformers = pytest.importorskip("transformers")
+import transformers
 
 import weft
 from weft.errors import Problems, UsageError
@@ -18,7 +17,9 @@ from weft.routing.learning import start_routers
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
          "num_key_value_heads": 2, "vocab_size": 32, "max_position_embeddings": 32}  # fmt: skip
 IDS = torch.randint(0, 32, (3, 7), generator=torch.Generator().manual_seed(0))
-DATA = {f"task{t}": torch.randint(0, 32, (4, 6), generator=torch.Generator().manual_seed(t)) for t in range(3)}
+DATA = {
+    f"task{t}": torch.randint(0, 32, (4, 6), generator=torch.Generator().manual_seed(t)) for t in range(3)
+}
 
 
 def family(kind: str = "MistralForCausalLM") -> tuple[Any, list[Any]]:
@@ -53,7 +54,9 @@ def test_one_expert_a_token_is_the_mixture_of_that_choice(residual: str, tmp_pat
     made = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "moe", dtype=torch.float32).eval()
     assert type(made).__name__ == "MixtralForCausalLM"
     with torch.no_grad():
-        torch.testing.assert_close(made(input_ids=IDS, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            made(input_ids=IDS, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_a_router_without_a_bias_is_the_mixtures_own(tmp_path: Path) -> None:
@@ -65,7 +68,9 @@ def test_a_router_without_a_bias_is_the_mixtures_own(tmp_path: Path) -> None:
     made = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "moe", dtype=torch.float32).eval()
     with torch.no_grad():
         expected = routed(input_ids=IDS, use_cache=False).logits
-        torch.testing.assert_close(made(input_ids=IDS, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            made(input_ids=IDS, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_what_fits_no_mixture_is_told_with_all_reasons() -> None:

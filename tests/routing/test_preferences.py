@@ -106,7 +106,7 @@ def test_one_gate_finds_the_front_of_two_quadratics(balance: str) -> None:
         gate="preference",
     )
     data = {n: torch.tensor([v] * 4) for n, v in ends.items()}
-    train(routed, towards, data, steps=600, lr=2e-2, balance=balance, batch=4, schedule="cosine")  # type: ignore[arg-type]
+    train(routed, towards, data, steps=300, lr=4e-2, balance=balance, batch=4, schedule="cosine")  # type: ignore[arg-type]
     x = torch.zeros(1, 2)
 
     def score(call, task: str) -> float:  # type: ignore[no-untyped-def]

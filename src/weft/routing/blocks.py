@@ -39,7 +39,8 @@ class Block:
 
 
 def blocks_of(module: nn.Module, where: Where) -> list[Block]:
-    """The blocks that `where` means: "all", "linear", "mlp", or patterns of submodules' names.
+    """The blocks that `where` means: "all", "linear", "mlp", or patterns of submodules' names (of what a pattern
+    matches, parts of parts are left out).
 
     UsageError for a pattern that means none, blocks inside one another, and weights that blocks share.
     """
@@ -69,7 +70,8 @@ def _meant(pattern: str, modules: Mapping[str, nn.Module]) -> list[str]:
         return [n for n, m in modules.items() if isinstance(m, nn.Linear) and n]
     if pattern == "mlp":
         return [n for n in modules if n.rpartition(".")[2] in MLPS]
-    return [n for n in modules if n and fnmatchcase(n, pattern)]
+    found = [n for n in modules if n and fnmatchcase(n, pattern)]
+    return [n for n in found if not any(n.startswith(f"{m}.") for m in found)]  # the outermost of each
 
 
 def _block(module: nn.Module, name: str) -> Block:

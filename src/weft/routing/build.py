@@ -40,6 +40,7 @@ def route(
     combine: str | Mapping[str, Any] | None = None,
     data: Any = None,
     samples: int = 32,
+    split: str = "validation",
     statistics: Sequence[Model] | None = None,
     dtype: torch.dtype = torch.float32,
     how: How = "auto",
@@ -55,7 +56,7 @@ def route(
                 is `unsure`. With rests_on="base" and a task arithmetic of 0.3 they are 0.3
     combine     None adds residuals up; a method (its parameters in a mapping) merges those with a weight above 0
     data        inputs by task for gates that need them: means of `samples` a task (prototype). Trained gates are
-                left at their start: see `fit_router` and `train`
+                left at their start: see `fit_router` and `train`. `split` is the data's name
     statistics  one checkpoint of Gram matrices an expert (`weft.measure(…, "gram")`) for residual="essential:r"
 
     `experts` by task, or a list with their names in `tasks`. The module is copied; it runs in evaluation mode.
@@ -99,7 +100,7 @@ def route(
     if gating.kind == "prototype":
         from weft.routing.learning import fit_prototypes
 
-        fit_prototypes(routed, data, samples=samples)
+        fit_prototypes(routed, data, samples=samples, split=split)
     return routed
 
 

@@ -27,6 +27,7 @@ from weft.routing.blocks import Block, Map, added
 from weft.routing.gates import pooled
 from weft.routing.gating import Gating
 from weft.routing.residuals import Residual, wide
+from weft.statistics.observe import slow_attention
 
 How = Literal["auto", "weights", "outputs", "vmap"]
 HOW = ("auto", "weights", "outputs", "vmap")
@@ -277,12 +278,13 @@ def _joined(each: Sequence[Any], order: Sequence[Tensor], back: Tensor) -> Any:
 
 @contextmanager
 def at(parts: Sequence[Gated], now: Now) -> Iterator[Now]:
-    """One call of the network: its parts know what was settled for it."""
+    """One call of the network: its parts know what was settled for it, and attention calls them one by one."""
     before = [p.now for p in parts]
     for part in parts:
         part.now = now
     try:
-        yield now
+        with slow_attention():
+            yield now
     finally:
         for part, earlier in zip(parts, before, strict=True):
             part.now = earlier

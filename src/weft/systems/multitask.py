@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from weft.systems import System
 
+ROUTED = "tests/systems/test_routing_systems.py::"
+
 SYSTEMS = (
     System("S59", "MTL by TA / TIES / AdaMerging / Concrete / Surgery", "2.4.2.1", "study",
            "Tang et al., FusionBench, arXiv:2406.03280",
@@ -17,11 +19,14 @@ SYSTEMS = (
            entry="weft.systems.linearised:l_lora",
            test="tests/systems/test_finetune.py::test_linearised_adapters_add_up_where_factors_do_not"),
     System("S62", "PWE-MoE Pareto set", "2.4.2.2", "inference", "Tang et al., 2024, arXiv:2406.09770",
-           "One model whose gates turn a preference into weights."),
+           "One model whose gates turn a preference into weights.", entry="weft.systems.routing:pwemoe",
+           test=ROUTED + "test_a_pareto_set_from_one_model_covers_more_than_a_sweep_of_merges"),
     System("S63", "MAP amortised Pareto fronts", "2.4.2.2", "search", "Li et al., 2024, arXiv:2406.07529",
            "Fits quadratic models of the metrics over the coefficients and evolves the front on them."),
     System("S64", "ViT merging with gating and weight similarity (Ye)", "2.4.2.3", "inference",
-           "Ye et al., 2023, arXiv:2312.16240", "Merges similar layers once and dissimilar ones by input."),
+           "Ye et al., 2023, arXiv:2312.16240", "Merges similar layers once and dissimilar ones by input.",
+           entry="weft.systems.routing:gated_where_dissimilar",
+           test=ROUTED + "test_gates_where_experts_differ_serve_nearly_like_gates_everywhere"),
     System("S65", "Branch-Train-Merge", "2.4.2.3", "training", "Li et al., 2022, arXiv:2208.03306",
            "Grows a forest of domain experts and mixes or averages them by the domain's posterior."),
     System("S66", "ForkMerge", "2.4.2.4", "training", "Jiang et al., NeurIPS 2023, arXiv:2301.12618",
