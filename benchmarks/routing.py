@@ -1,4 +1,4 @@
-"""Merges, routed models and experts on the demo's five tasks, over seeds: `python benchmarks/routing.py --seeds 1 2`.
+"""Merges, routed models and experts on the demo's five tasks: `python benchmarks/routing.py --seeds 0 1 2`.
 
 Every seed trains a base and five experts anew; seed 0 are the shipped ones. Gates are made from validation images,
 accuracies are of the test split. The table is docs/routing.md's.

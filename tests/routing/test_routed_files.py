@@ -97,6 +97,9 @@ def test_a_routed_folder_is_no_model_and_a_model_no_routed_folder(tmp_path: Path
         load(tmp_path / "model", Perceptron())
     with pytest.raises(DataError, match="does not exist"):
         load(tmp_path / "nowhere", Perceptron())
+    made(Perceptron)[0].save(tmp_path / "routed")
+    with pytest.raises(UsageError, match=r"routed model, which needs its module"):
+        weft.load(tmp_path / "routed")
 
 
 # -- files that lie -------------------------------------------------------------------------------------------

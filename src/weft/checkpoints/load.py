@@ -23,6 +23,7 @@ from weft.errors import DataError, UsageError, did_you_mean
 
 ADAPTER_CONFIG = "adapter_config.json"
 DELTA_CONFIG, DELTA_WEIGHTS = "weft_delta.json", "delta.safetensors"
+ROUTING_CONFIG = "weft_routing.json"
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 _PREFERRED = (
@@ -135,6 +136,11 @@ def load_folder(folder: Folder, *, base: object = None, limits: Limits = DEFAULT
         from weft.deltas.opening import open_delta  # a room below, for these folders alone
 
         return open_delta(folder, base=base, limits=limits)
+    if ROUTING_CONFIG in names and whole.isdisjoint(names):
+        raise UsageError(
+            f"{folder.name} holds a routed model, which needs its module: weft.routing.load(path, module), and "
+            "checkpoint(…) of that for one static model"
+        )
     if base is not None:
         raise UsageError(
             f"base= belongs to an adapter folder, but {folder.name} has no {ADAPTER_CONFIG} or {DELTA_CONFIG}"

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from weft.checkpoints.limits import DEFAULT_LIMITS, Limits, shown, tensor_name_problem
+from weft.checkpoints.load import ROUTING_CONFIG
 from weft.checkpoints.strictjson import parse_json
 from weft.deltas.format import Entry, parse_entry, told_entry
 from weft.errors import DataProblems, Problems, UnsafeFile, UsageError
@@ -23,7 +24,7 @@ from weft.routing.gating import Gating
 from weft.routing.residuals import STORED
 from weft.routing.routed import Combining, Fitted
 
-FILE, WEIGHTS = "weft_routing.json", "routing.safetensors"
+FILE, WEIGHTS = ROUTING_CONFIG, "routing.safetensors"
 VERSION = 1
 MOST_EXPERTS = 4096
 _KEYS = {
