@@ -18,6 +18,7 @@ from weft.cli.bench import app as bench_app
 from weft.cli.calibrate import app as calibrate_app
 from weft.cli.delta import app as delta_app
 from weft.cli.export import app as export_app
+from weft.cli.learn import app as learn_app
 from weft.cli.lora import app as lora_app
 from weft.cli.measure import app as measure_app
 from weft.cli.moe import app as moe_app
@@ -266,6 +267,7 @@ app.add_typer(analyze_app)
 app.add_typer(calibrate_app)
 app.add_typer(bench_app)
 app.add_typer(measure_app)
+app.add_typer(learn_app)
 app.add_typer(tokens_app)
 app.add_typer(lora_app)
 app.add_typer(moe_app)
