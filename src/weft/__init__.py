@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from weft.adapters.extract import extract_lora
     from weft.adapters.merge import merge_adapters
     from weft.adapters.resize import resize_lora
+    from weft.advise.propose import advise
     from weft.analysis.analyze import analyze
     from weft.api import load, materialize, merge, save
     from weft.bench.run import bench
@@ -56,6 +57,8 @@ _API = {"load": "weft.api", "merge": "weft.api", "save": "weft.api", "materializ
         "finetune": "weft.train.loop", "route": "weft.routing.build", "bench": "weft.bench.run",
         "measure": "weft.statistics.measure", "iteris": "weft.statistics.iterated",
         "regmean_pp": "weft.statistics.remeasured",
+        "advise": "weft.advise.propose",
+        "measure": "weft.statistics.measure",
         "WeftError": "weft.errors", "DataError": "weft.errors", "UsageError": "weft.errors"}  # fmt: skip
 
 _VERBS = ("align", "learn")
@@ -67,6 +70,7 @@ __all__ = [
     "UsageError",
     "WeftError",
     "__version__",
+    "advise",
     "align",
     "analyze",
     "apply_adapters",

@@ -25,9 +25,9 @@ from weft.errors import DataError, UsageError
 
 Build = Callable[[int], "Suite | Sequence[Suite]"]
 Progress = Callable[[str], None]
-VALIDATION = 200
+VALIDATION = 100
 """Examples of each task on which coefficients are chosen."""
-DAMAGED = 300
+DAMAGED = 100
 """Examples of each task that are also shown damaged."""
 
 

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from weft.cli.advise import app as advise_app
 from weft.cli.analyze import app as analyze_app
 from weft.cli.bench import app as bench_app
 from weft.cli.calibrate import app as calibrate_app
@@ -263,6 +264,7 @@ def demo(
     run_demo(out, json_path=json)
 
 
+app.add_typer(advise_app)
 app.add_typer(analyze_app)
 app.add_typer(calibrate_app)
 app.add_typer(bench_app)
