@@ -58,7 +58,6 @@ _API = {"load": "weft.api", "merge": "weft.api", "save": "weft.api", "materializ
         "measure": "weft.statistics.measure", "iteris": "weft.statistics.iterated",
         "regmean_pp": "weft.statistics.remeasured",
         "advise": "weft.advise.propose",
-        "measure": "weft.statistics.measure",
         "WeftError": "weft.errors", "DataError": "weft.errors", "UsageError": "weft.errors"}  # fmt: skip
 
 _VERBS = ("align", "learn")
