@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import weft
 from weft.errors import DataError, UnsafeFile, UsageError
-from weft.routing import Gating, Routed, fit_router, load
+from weft.routing import Gating, Routed, fit_router, load, train
 
 DATA = {f"task{t}": inputs(Perceptron, 12, t) + t for t in range(3)}
 FILE, WEIGHTS = "weft_routing.json", "routing.safetensors"
@@ -72,6 +72,17 @@ def test_a_trained_router_and_what_it_learned_from_are_kept(tmp_path: Path) -> N
     again = load(tmp_path / "out", Perceptron())
     assert torch.equal(routed(inputs(Perceptron)), again(inputs(Perceptron)))
     assert again.cost().test_time and again.fitted == routed.fitted
+
+
+def test_experts_are_left_out_in_training_alone(tmp_path: Path) -> None:
+    gating = Gating.of("router", scope="layer", normed=True, drop=0.5, spread=1.0)
+    routed, _ = made(Perceptron, gate=gating, where="linear")
+    labelled = {t: (x, torch.arange(len(x)) % 4) for t, x in DATA.items()}
+    train(routed, "cross_entropy", labelled, steps=2, what="all")
+    routed.save(tmp_path / "out")
+    again = load(tmp_path / "out", Perceptron())
+    x = inputs(Perceptron)
+    assert torch.equal(routed(x), routed(x)) and torch.equal(routed(x), again(x))
 
 
 def test_a_mask_takes_a_bit_and_a_thin_residual_its_factors() -> None:

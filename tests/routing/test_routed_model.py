@@ -221,6 +221,52 @@ def test_entropy_prefers_the_surer_expert() -> None:
     assert routed.cost().passes == 3
 
 
+class Masked(Reader):
+    """Takes a mask of tokens and does nothing with it but pass over them."""
+
+    def forward(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        x = self.table(ids)
+        x = x + self.attention(x, x, x, key_padding_mask=attention_mask == 0, need_weights=False)[0]
+        return self.head(x + self.mlp(x))  # type: ignore[no-any-return]
+
+
+def test_padding_has_no_say() -> None:
+    base, experts = family(Masked)
+    data = {f"task{t}": {"ids": inputs(Reader, 8, t), "attention_mask": torch.ones(8, 5)} for t in range(3)}
+    for gating in (Gating.of("prototype", at="mlp"), Gating.of("prototype", scope="layer")):
+        routed = weft.route(base, base, experts, gate=gating, where=["mlp"], data=data)
+        ids, mask = inputs(Reader, 4), torch.ones(4, 5)
+        mask[:, 3:] = 0
+        other = ids.clone()
+        other[:, 3:] = 1
+        found = [
+            routed.weights_for(i, attention_mask=m)
+            for i, m in ((ids, mask), (other, mask), (ids, mask * 0 + 1))
+        ]
+        w, padded, whole = (f if isinstance(f, torch.Tensor) else f["mlp"] for f in found)
+        torch.testing.assert_close(w, padded)
+        assert not torch.allclose(w, whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_networks_of_other_precisions_keep_theirs(dtype: torch.dtype) -> None:
+    base, experts = family(Perceptron)
+    nets = [deepcopy(m).to(dtype) for m in (base, *experts)]
+    x = inputs(Perceptron).to(dtype)
+    w = torch.rand(len(x), 3, generator=torch.Generator().manual_seed(3))
+    for residual in ("full", "lowrank:2", "emr"):
+        made = [
+            weft.route(nets[0], nets[0], nets[1:], shared="base", residual=residual, how=how)(x, weights=w)
+            for how in ("weights", "outputs")
+        ]
+        assert all(m.dtype == dtype for m in made)
+        torch.testing.assert_close(*made, rtol=0.05 if dtype == torch.bfloat16 else 1e-5, atol=0.05)
+    routed = weft.route(nets[0], nets[0], nets[1:], dtype=torch.float64)
+    torch.testing.assert_close(
+        routed(x, task="task1"), nets[2](x), rtol=1e-2 if dtype == torch.bfloat16 else 1e-12, atol=1e-3
+    )
+
+
 def test_tokens_choose_for_themselves() -> None:
     base, experts = family(Reader)
     data = {f"task{t}": inputs(Reader, 8, t) for t in range(3)}

@@ -89,7 +89,7 @@ def route(
     blocks = blocks_of(module, where)
     sources = _sources(module, base, models)
     merged = _shared(shared, base, models)
-    below = Sources(module, None, [merged])
+    below = Sources(module, None, [merged], hold=False)
     net = copy.deepcopy(module).eval().requires_grad_(False)
     residuals = _filled(net, sources, below, blocks, keeping, rests_on, statistics)
     routed = Routed(
@@ -146,7 +146,7 @@ def _combining(combine: str | Mapping[str, Any] | None) -> Combining:
 
 def _sources(module: nn.Module, base: Model | None, models: Sequence[Model]) -> Sources:
     try:
-        return Sources(module, base, models)
+        return Sources(module, base, models, hold=False)
     except DataProblems as error:
         raise DataProblems(
             "these experts cannot be routed in this module (experts with different heads: give them a common head, "

@@ -45,6 +45,8 @@ class Now:
     """[B, T] where they are the whole model's."""
     preference: Tensor | None = None
     """[B, T] where one was given."""
+    mask: Tensor | None = None
+    """[B, L], which tokens count."""
     told: dict[str, Tensor] = field(default_factory=dict)
     """Block → the weights it took."""
     features: dict[str, Tensor] | None = None
@@ -87,7 +89,7 @@ class Gated(nn.Module):
             raise UsageError(f"{self.block.name} is part of a routed model: call that")
         x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
         if now.features is not None and x is not None:
-            now.features[self.block.name] = pooled(x, self.channels)
+            now.features[self.block.name] = pooled(x, self.channels, now.mask)
         w = now.weights if now.weights is not None else self._weigh(x, now)
         now.told[self.block.name] = w.detach()
         return self.run(w, args, kwargs)
@@ -105,7 +107,7 @@ class Gated(nn.Module):
         elif x is None:
             raise UsageError(f"{self.block.name} is called without a tensor that its gate could look at")
         else:
-            seen = x if gating.per == "token" and x.dim() > 2 else pooled(x, self.channels)
+            seen = x if gating.per == "token" and x.dim() > 2 else pooled(x, self.channels, now.mask)
         w = gating.weights(gate(seen), self.rest, self.training)
         if gating.per == "batch":
             w = w.mean(0, keepdim=True).expand_as(w)

@@ -114,8 +114,11 @@ def entropies(outputs: Sequence[Tensor]) -> Tensor:
     return torch.stack(found, -1)
 
 
-def pooled(x: Tensor, channels: int) -> Tensor:
-    """Features [B, d] of x [B, …]: the mean over all axes but the first and that of the channels."""
+def pooled(x: Tensor, channels: int, mask: Tensor | None = None) -> Tensor:
+    """Features [B, d] of x [B, …]: the mean over all axes but the first and that of the channels.
+
+    With a mask [B, L] of the positions of x [B, L, d] it is the mean over those that count.
+    """
     if not x.is_floating_point():
         raise UsageError(
             "the gate would look at numbers of tokens: say where the model has features (at=…, or other blocks)"
@@ -123,4 +126,7 @@ def pooled(x: Tensor, channels: int) -> Tensor:
     if x.dim() < 2:
         return x[:, None]
     x = x.movedim(channels, -1)
+    if mask is not None and x.dim() == 3 and x.shape[:2] == mask.shape:
+        counted = mask.to(x)[..., None]
+        return (x * counted).sum(1) / counted.sum(1).clamp_min(1)
     return x.reshape(len(x), -1, x.shape[-1]).mean(1)

@@ -19,6 +19,7 @@ from weft.routing.gated import HOW, Gated, How, Now, at
 from weft.routing.gates import entropies, pooled
 from weft.routing.gating import DIRECTIONAL, Gating
 from weft.routing.residuals import Residual
+from weft.statistics.batches import MASKS
 from weft.train.forward import logits_of
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ class Routed(nn.Module):
         self._install(residuals, how)
         for key, gate in (gates or {}).items():
             self.set_gate(key, gate)
+        self.to(self.device).eval()
 
     def _install(self, residuals: Mapping[str, Residual], how: How) -> None:
         combine = self.combining if self.combining.method else None
@@ -199,7 +201,7 @@ class Routed(nn.Module):
     ) -> Now:
         """What is known before the network runs; for gates of the whole model, their weights."""
         gating, size = self.gating, _size(args, kwargs)
-        now = Now(size)
+        now = Now(size, mask=_mask(kwargs))
         if weights is not None:
             now.weights = self.rows(weights, size, "weights")
         elif gating.kind == "preference":
@@ -263,7 +265,7 @@ class Routed(nn.Module):
             with torch.no_grad(), at(self.parts, Now(size, self.rest_row.expand(size, -1))):
                 self.net(*args, **kwargs)
         except _Seen as seen:
-            return self._one_each(pooled(seen.x, self._channels_at(part)), size)
+            return self._one_each(pooled(seen.x, self._channels_at(part), _mask(kwargs)), size)
         finally:
             hook.remove()
         raise UsageError(f"{self.at} is not called with a tensor, so nothing can be looked at there")
@@ -285,7 +287,7 @@ class Routed(nn.Module):
         if self.gating.scope == "model":
             return {"all": self.features(args, kwargs)}
         size = _size(args, kwargs)
-        now = Now(size, self.rest_row.expand(size, -1), features={})
+        now = Now(size, self.rest_row.expand(size, -1), mask=_mask(kwargs), features={})
         with at(self.parts, now):
             self.net(*args, **kwargs)
         assert now.features is not None
@@ -396,6 +398,12 @@ class Routed(nn.Module):
     def directions_needed(self) -> bool:
         """Whether the gate follows from the residuals' right singular directions."""
         return self.gating.kind in DIRECTIONAL
+
+
+def _mask(kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Which tokens count, [B, L]."""
+    found = next((kwargs[n] for n in MASKS if isinstance(kwargs.get(n), Tensor)), None)
+    return found if found is not None and found.dim() == 2 else None
 
 
 def _size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
