@@ -207,6 +207,15 @@ def test_a_gate_larger_than_its_file_is_never_made(tmp_path: Path) -> None:
         load(tmp_path / "out", Perceptron())
 
 
+def test_positions_that_contradict_one_another_are_found_when_they_are_loaded(tmp_path: Path) -> None:
+    routed, _ = made(Perceptron, residual="sparse:0.1")
+    routed.save(tmp_path / "out")
+    name = f"residual.1.{ENTRY}."
+    stored(lambda s: s.update({name + "blocks": torch.tensor([0, 3])}))(tmp_path / "out")
+    with pytest.raises(DataError, match=r"residual\.1.*add up"):
+        load(tmp_path / "out", Perceptron())
+
+
 def test_another_module_is_told_by_everything_that_does_not_fit(folder: Path) -> None:
     with pytest.raises(DataError) as error:
         load(folder, Perceptron(width=10))

@@ -39,8 +39,8 @@ class Block:
 
 
 def blocks_of(module: nn.Module, where: Where) -> list[Block]:
-    """The blocks that `where` means: "all", "linear", "mlp", or patterns of submodules' names (of what a pattern
-    matches, parts of parts are left out).
+    """The blocks that `where` means: "all", "linear" (but for heads tied to a table), "mlp", or patterns of
+    submodules' names; of what a pattern matches, parts of parts are left out.
 
     UsageError for a pattern that means none, blocks inside one another, and weights that blocks share.
     """
@@ -67,7 +67,14 @@ def _meant(pattern: str, modules: Mapping[str, nn.Module]) -> list[str]:
     if pattern == "all":
         return [""]
     if pattern == "linear":
-        return [n for n, m in modules.items() if isinstance(m, nn.Linear) and n]
+        users: dict[int, int] = {}
+        for m in modules.values():
+            for p in m.parameters(recurse=False):
+                users[id(p)] = users.get(id(p), 0) + 1
+        return [
+            n for n, m in modules.items()
+            if isinstance(m, nn.Linear) and n and all(users[id(p)] == 1 for p in m.parameters(recurse=False))
+        ]  # fmt: skip
     if pattern == "mlp":
         return [n for n in modules if n.rpartition(".")[2] in MLPS]
     found = [n for n in modules if n and fnmatchcase(n, pattern)]

@@ -10,7 +10,6 @@ preference. Thin and masked residuals become full matrices in a mixture.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +18,6 @@ from torch import Tensor
 
 from weft.checkpoints.assembled import Assembled, Span
 from weft.checkpoints.base import Checkpoint
-from weft.checkpoints.model import Model
 from weft.errors import Problems, UsageError
 from weft.routing.gates import Prototypes, Router
 from weft.routing.routed import Routed
@@ -32,7 +30,8 @@ def mixture(routed: Routed, *, architecture: str | None = None, layout: str = "s
     """
     from weft.llm.moe.build import Known, build_moe
 
-    config = _config(routed)
+    if routed.config is None:
+        raise UsageError(f"a {routed.kind} is no model of transformers, so there is no mixture of its kind")
     problems, rows = _problems(routed), {}
     for part in routed.parts:
         found = None if part.gate is None else _rows(part.gate)
@@ -44,11 +43,8 @@ def mixture(routed: Routed, *, architecture: str | None = None, layout: str = "s
         raise Problems("this routed model fits no mixture of experts", dict.fromkeys(problems))
     count = len(routed.tasks)
     eye = torch.eye(count)
-    known: dict[str, Checkpoint] = {
-        f"expert{t}": Model(routed.checkpoint(weights=eye[t]), config, (), task)
-        for t, task in enumerate(routed.tasks)
-    }
-    known["shared"] = Model(routed.checkpoint(weights=torch.zeros(count)), config, (), routed.origin)
+    known: dict[str, Checkpoint] = {f"expert{t}": routed.checkpoint(weights=eye[t]) for t in range(count)}
+    known["shared"] = routed.checkpoint(weights=torch.zeros(count))
     recipe: dict[str, Any] = {
         "base_model": "shared", "experts": [{"source_model": f"expert{t}"} for t in range(count)],
         "experts_per_token": 1, "gate_mode": "random", "layout": layout,
@@ -66,15 +62,6 @@ def mixture(routed: Routed, *, architecture: str | None = None, layout: str = "s
         {n: Span(routers if n in routers else whole, n) for n in whole}, config=whole.config, assets=whole.assets,
         aliases=whole.aliases, origin=whole.origin,
     )  # fmt: skip
-
-
-def _config(routed: Routed) -> dict[str, Any]:
-    inner: Any = routed.net
-    config = getattr(inner, "config", None)
-    if config is None or not hasattr(config, "to_json_string"):
-        raise UsageError(f"a {routed.kind} is no model of transformers, so there is no mixture of its kind")
-    found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    return found | {"architectures": [routed.kind]}
 
 
 def _problems(routed: Routed) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from weft.checkpoints.base import Checkpoint
 from weft.checkpoints.memory import StateDict
+from weft.checkpoints.model import Model
 from weft.errors import UsageError, did_you_mean
 from weft.routing.blocks import Block, maps_in
 from weft.routing.gated import HOW, Gated, How, Now, at
@@ -358,8 +361,8 @@ class Routed(nn.Module):
     @torch.no_grad()
     def checkpoint(
         self, *, task: str | None = None, preference: Any = None, weights: Any = None
-    ) -> StateDict:
-        """The static model at fixed weights, under the module's own names.
+    ) -> Checkpoint:
+        """The static model at fixed weights, under the module's names; with its config, if it is of transformers.
 
         At a task, a preference, or `weights` (one number a task, or a mapping from block to them).
         """
@@ -379,9 +382,19 @@ class Routed(nn.Module):
             made = part.merged(rows[part.block.name])
             dot = f"{part.block.name}." if part.block.name else ""
             state |= {dot + n: t.detach() for n, t in made.items()}
-        return StateDict(
-            state | {a: state[n] for a, n in self.ties.items()}, f"{self.origin} at fixed weights"
-        )
+        origin = f"{self.origin} at fixed weights"
+        static = StateDict(state | {a: state[n] for a, n in self.ties.items()}, origin)
+        return static if self.config is None else Model(static, self.config, (), origin)
+
+    @property
+    def config(self) -> dict[str, Any] | None:
+        """The network's config.json as data, where it is a model of transformers."""
+        inner: Any = self.net
+        found: Any = getattr(inner, "config", None)
+        if found is None or not hasattr(found, "to_json_string"):
+            return None
+        told: dict[str, Any] = json.loads(found.to_json_string(use_diff=False))
+        return told | {"architectures": [self.kind]}
 
     def cost(self) -> Cost:
         """Parameters, bytes, extra passes and products, what was learned from what, and what to beware of."""

@@ -25,9 +25,10 @@ from weft.checkpoints.safetensors import SafetensorsFile
 from weft.deltas.exact import Whole
 from weft.deltas.format import Entry
 from weft.deltas.scheme import Scheme
+from weft.deltas.sparse import Sparse
 from weft.engine.save import Saved
 from weft.engine.save import save as save_files
-from weft.errors import DataProblems, UsageError
+from weft.errors import DataError, DataProblems, UsageError
 from weft.routing.blocks import Block
 from weft.routing.format import FILE, WEIGHTS, Document, parse_document
 from weft.routing.gates import Directions, Prototypes, Router
@@ -211,7 +212,14 @@ class _Reading:
         ]
         values = [{p: self._read(f"residual.{t}.{name}.{p}") for p in each} for t, each in enumerate(parts)]
         over = self._read(f"over.{name}") if any(isinstance(s, Masked) for s in schemes) else None
-        return Residual(target.shape, schemes, values, over)
+        made = Residual(target.shape, schemes, values, over)
+        for t, scheme in enumerate(schemes):
+            if isinstance(scheme, Sparse) and not self.problems:  # positions may contradict one another
+                try:
+                    made.of(t)
+                except DataError as error:
+                    self.problems.append(f"residual.{t}.{name}: {error}")
+        return made
 
     # -- gates ---------------------------------------------------------------------------------------
 
