@@ -12,7 +12,6 @@ method; it is where the published ones meet, for searching between them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
 from typing import Annotated, Any, Literal
 
 import torch
@@ -27,13 +26,22 @@ from weft.methods.spectral import Outside, Share, is_spectral
 from weft.methods.step import At, Bound, Pipeline, Shapes, row_length, step
 
 
-def workspace(shape: tuple[int, ...], k: int, known: Shapes) -> int:
-    """Bytes the solver holds beside the stack it is given: a few matrices [m, n] and [n, n] in float64."""
-    numel = prod(shape)
-    d = known["gram"][-1] if len(known.get("gram", ())) > 1 else row_length(shape)
-    if len(shape) > 1 and shape[-2] > d and len(shape) <= 3:
-        d = max(d, min(shape[-2], numel // max(1, d)))  # stored [in, out]: inputs are the other side
-    return 8 * (numel * (k + 8) + 5 * d * d)
+def workspace(params: Mapping[str, Any], at: At, k: int, known: Shapes) -> int:
+    """Bytes the solver holds beside the stack it is given: a few matrices [m, n] and [n, n] in float64.
+
+    [n, n]: the sum and its eigenvectors, with as much again for LAPACK, or the sum and the one that is read.
+    Changes are scaled or turned first, at most; TSV-M and Adam need more of [m, n].
+    """
+    held = known.get("gram", ())
+    if len(held) < 3 and at.transposed:
+        d = at.shape[-2]
+    else:
+        d = row_length(at.shape)
+    if len(held) > 1:
+        d = held[-1]
+    few = 5 + (k + 1 if at.transposed else 0) + (k if len(held) < 2 else 0)
+    few += 4 * k + 3 if params.get("keep") == "tsv" else 4 if params.get("steps") else 0
+    return 8 * (at.numel * few + 4 * d * d)
 
 
 def to_simpler(params: Mapping[str, Any], at: At, known: Shapes) -> Bound | None:
@@ -46,7 +54,7 @@ def to_simpler(params: Mapping[str, Any], at: At, known: Shapes) -> Bound | None
         return None
     if shape and params.get("diagonal"):
         return Bound(fit_diagonal, {"weight": params["weight"]})
-    if "outside" in params and is_spectral(at, params["outside"]):
+    if not shape and "outside" in params and is_spectral(at, params["outside"]):
         return None
     return Bound(weighted_sum, {"weight": params["weight"], "normalize": True})
 
@@ -154,9 +162,9 @@ def fit_both(
         prior=prior, off_diagonal=off_diagonal, normalize="trace", keep=keep, keep_scale=keep_scale,
         inverse=inverse,
     )  # fmt: skip
-    if gram is not None and len(gram.shape) < 3 and diagonal:
-        return fit_diagonal.fn(x, gram=gram, at=at, weight=weight)
-    if gram is None or len(gram.shape) < 3 or at.numel == 0:
+    if gram is not None and len(gram.shape) < 3:
+        return fit_diagonal.fn(x, gram=gram if diagonal else None, at=at, weight=weight)
+    if gram is None or at.numel == 0:
         return by_changes(x, at, weight, outside, how)
     return by_inputs(x, gram, at, weight, how)
 

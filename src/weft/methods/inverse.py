@@ -56,7 +56,7 @@ class Inverse:
 def applied(r: Tensor, c: Tensor, how: Inverse, n: int, rows: int, tol: float = EIGEN_TOL) -> Tensor:
     """R g(C), r [m, d], c [d, d] float64; `ridge`, `share` and `noise` count the n inputs that d directions are of.
 
-    `rows` is how many rows the matrix had whose Gram matrix C is, for the noise it must show. C is used up.
+    `rows` is how many rows the matrix had whose Gram matrix C is, for the noise it must show. C and R are used up.
     """
     size = c.diagonal().clamp_min(0)
     live = size > 0
@@ -67,8 +67,9 @@ def applied(r: Tensor, c: Tensor, how: Inverse, n: int, rows: int, tol: float = 
         return out
     if how.unit:
         s = size.rsqrt()
-        c = c * s * s[:, None]
-        return _applied(r * s, c, how, n, rows, tol) * s
+        c.mul_(s).mul_(s[:, None])
+        found = _applied(r * s if r.requires_grad else r.mul_(s), c, how, n, rows, tol)
+        return found * s if found.requires_grad else found.mul_(s)
     return _applied(r, c, how, n, rows, tol)
 
 
@@ -86,7 +87,9 @@ def _applied(r: Tensor, c: Tensor, how: Inverse, n: int, rows: int, tol: float) 
     values, vectors = torch.linalg.eigh(c)
     del c
     g = gains(values, how, shift, n, rows, tol)
-    found: Tensor = (r @ vectors * g) @ vectors.T
+    turned = r @ vectors
+    turned = turned * g if turned.requires_grad else turned.mul_(g)
+    found: Tensor = turned @ vectors.T
     return found
 
 

@@ -10,6 +10,7 @@ with a target of its own (least_squares.py); what it needs, the moments of both 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -22,8 +23,8 @@ from weft.methods.registry import Method
 from weft.methods.step import At, Pipeline, Shapes, step
 
 
-def _workspace(shape: tuple[int, ...], k: int, known: Shapes) -> int:
-    return 2 * workspace(shape, k, {"gram": known.get("pair", ())})
+def _workspace(params: Mapping[str, Any], at: At, k: int, known: Shapes) -> int:
+    return 2 * workspace(params, at, k, {"gram": known.get("pair", ())})
 
 
 @step(grain="tensor", needs=("pair",), reduces=True, one_by_one=True, workspace=_workspace)

@@ -34,7 +34,6 @@ from weft.errors import UsageError
 from weft.methods.averages import weighted_sum
 from weft.methods.factors import largest, low_rank, unit_scale
 from weft.methods.inverse import EIGEN_TOL, STORED_TOL, Inverse, applied, descent
-from weft.methods.mats import off_diagonals
 from weft.methods.measured import unmatrices
 from weft.methods.params import Bounds, PerModel, per_model
 from weft.methods.spectral import Choices, Outside, fused, is_spectral
@@ -147,11 +146,13 @@ def solve(tasks: Sequence[Task], how: Settings, n: int, rows: int, tol: float, e
                 c, r = g.clone() if fresh else g, term
             else:
                 c, r = c.add_(g), r + term if fresh else r.add_(term)
+        del has, g  # before the next one is read
     if c is None or r is None:
         return start
     if how.steps:
         return start + descent(r, c, how.steps, how.rate, eps)
-    return start + applied(r, c, how.inverse, n, rows, tol)
+    found = applied(r, c, how.inverse, n, rows, tol)
+    return start + found if fresh else found.add_(start)
 
 
 # -- sources ------------------------------------------------------------------------------------------------
@@ -196,7 +197,10 @@ def mixed(read: Callable[[], Tensor], t: Tensor, how: Settings) -> Moments:
         n = t.shape[-1]
         p = g.to(torch.float64, copy=True)
         return Moments(p[n:, n:], p[:n, n:], p[:n, :n])
-    g = off_diagonals(g.double(), alpha) if alpha < 1 else g.to(torch.float64, copy=True)
+    g = g.to(torch.float64, copy=True)
+    if alpha < 1:
+        diagonal = g.diagonal().clone()
+        g.mul_(alpha).diagonal().copy_(diagonal)
     if not how.prior:
         return Moments(g)
     own = change(t)
@@ -243,6 +247,11 @@ def blocks_of(x: Tensor, d: int, blocks: int, transposed: bool) -> Tensor:
     return x.reshape(x.shape[0], blocks, -1, d).contiguous()
 
 
+def stacked(made: Sequence[Tensor]) -> Tensor:
+    """[b, m, n], without a copy of the only one."""
+    return made[0][None] if len(made) == 1 else torch.stack(list(made))
+
+
 def by_changes(x: Tensor, at: At, weight: PerModel, outside: Outside, how: Settings) -> Tensor:
     """Every matrix that x [k, *shape] holds merged by the Gram matrices of its changes → [*shape]."""
     if not is_spectral(at, outside):
@@ -251,8 +260,8 @@ def by_changes(x: Tensor, at: At, weight: PerModel, outside: Outside, how: Setti
     turned = at.transposed and len(at.shape) == 2 + (b > 1)
     d = at.shape[-2] if turned else row_length(at.shape) if b > 1 else at.numel // at.shape[0]
     stack = blocks_of(x, d, b, turned).double()
-    made = torch.stack([from_changes([s[i] for s in stack], w, how) for i in range(b)])
-    return unmatrices(made, at.shape, turned).to(x.dtype)
+    made = [from_changes([s[i] for s in stack], w, how) for i in range(b)]
+    return unmatrices(stacked(made), at.shape, turned).to(x.dtype)
 
 
 def by_inputs(
@@ -278,4 +287,4 @@ def by_inputs(
         )
         for j in range(b)
     ]
-    return unmatrices(torch.stack(made), at.shape, at.transposed).to(x.dtype)
+    return unmatrices(stacked(made), at.shape, at.transposed).to(x.dtype)

@@ -196,17 +196,18 @@ class Measured:
     def working_bytes(self, merge: Merge, name: str, count: int) -> int:
         """Memory they take while `count` elements are merged: each as it is stored, and in the stack.
 
-        Of what comes whole, one more and a sum of all in float64: steps widen them one by one.
+        Of what comes whole, one more and a sum of all in float64: steps widen them one by one. A step that reads
+        them one by one counts them itself.
         """
         total = widest = longest = 0
         single = all(b.step.one_by_one for b in merge.pipeline(name).steps if b.step.needs)
         for source, key in self._read_of(merge, name):
             info, elementwise = source.info(key), key.partition("/")[0] in ELEMENTWISE
             n = count if elementwise else info.numel
-            own = n * (16 if elementwise else 2 * info.dtype.itemsize) + source.working_bytes(key, n)
-            total, longest = total + own, max(longest, own)
-            widest = max(widest, 0 if elementwise else n)
-        return longest + 8 * widest if single else total + 16 * widest
+            inner = source.working_bytes(key, n)
+            total += n * (16 if elementwise else 2 * info.dtype.itemsize) + inner
+            longest, widest = max(longest, inner), max(widest, 0 if elementwise else n)
+        return longest if single else total + 16 * widest
 
     def keywords(
         self, merge: Merge, name: str, step: Step, start: int, stop: int, view: tuple[int, ...]

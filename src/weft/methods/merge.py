@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -232,11 +233,10 @@ class Merge(Checkpoint):
             return part.carried_from.working_bytes(stored_name(part.carried_from, name), count)
         sources = self._sources(name)
         inner = sum(s.working_bytes(stored_name(s, name), count) for s in sources)
-        k, steps = len(part.sources), self.pipeline(name).steps
-        made = max((b.workspace(part.info.shape, k, self.known(name, b), count) for b in steps), default=0)
-        tables = max((b.step.stat.table_bytes(k, b.params) for b in steps if b.step.stat), default=0)
+        k = len(part.sources)
+        made = self.pipeline(name).workspace(self.at(name), k, partial(self.known, name), count)
         measured = 0 if self.measured is None else self.measured.working_bytes(self, name, count)
-        return inner + count * 8 * (k + 1) + made + tables + measured
+        return inner + count * 8 * (k + 1) + made + measured
 
     def identity(self) -> str | None:
         inner, measured = super().identity(), "" if self.measured is None else self.measured.identity()
@@ -262,8 +262,6 @@ class Merge(Checkpoint):
     def carried(self) -> dict[str, str]:
         """Tensors that are copied rather than merged, with the reason."""
         return {n: p.reason for n, p in self._parts.items() if p.carried_from is not None}
-
-    # -- values -------------------------------------------------------------------------------------
 
     def read(
         self, name: str, start: int = 0, stop: int | None = None, *, dtype: torch.dtype | None = None
@@ -345,8 +343,6 @@ class Merge(Checkpoint):
     def found(self, name: str, j: int) -> Found:
         """The statistics of step j, gathered before."""
         return self._found.get((name, j)) or self._found.get(("*", j), {})
-
-    # -- statistics -----------------------------------------------------------------------------------
 
     def merged_names(self) -> list[str]:
         """The tensors that are not carried."""

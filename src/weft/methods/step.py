@@ -88,7 +88,7 @@ class Step:
         needs: Sequence[str] = (),
         one_by_one: bool = False,
         simpler: Callable[[Mapping[str, Any], At, Shapes], Bound | None] | None = None,
-        workspace: Callable[[tuple[int, ...], int, Shapes], int] | None = None,
+        workspace: Callable[[Mapping[str, Any], At, int, Shapes], int] | None = None,
     ) -> None:
         self.fn, self.name, self.stat, self.reduces = fn, fn.__name__, stat, reduces
         self.one_by_one, self.simpler, self.workspace = one_by_one, simpler, workspace
@@ -172,7 +172,7 @@ def step(
     needs: Sequence[str] = (),
     one_by_one: bool = False,
     simpler: Callable[[Mapping[str, Any], At, Shapes], Bound | None] | None = None,
-    workspace: Callable[[tuple[int, ...], int, Shapes], int] | None = None,
+    workspace: Callable[[Mapping[str, Any], At, int, Shapes], int] | None = None,
 ) -> Callable[[Callable[..., Tensor]], Step]:
     """Declare a function `(x: [k, *shape], *, params…) -> Tensor` as a step.
 
@@ -181,7 +181,8 @@ def step(
     (measured.py). With grain "row", x comes as
     `[k, rows, row_length]`; with "tensor" as `[k, *shape]`; with "element" in any shape. `simpler(params, at,
     shapes of what was measured)` gives the step to run in its place in a merge, or None; it must give the same.
-    `workspace(shape of the tensor, k, shapes)` counts bytes beside the stack and the base.
+    `workspace(params, at, k, shapes)` counts bytes beside the stack and the base, with `one_by_one` also what is
+    read.
     """
 
     def declare(fn: Callable[..., Tensor]) -> Step:
@@ -223,13 +224,13 @@ class Bound:
         """What it comes to for one tensor, where that streams better than the step itself; else the step."""
         return self if self.step.simpler is None else self.step.simpler(self.params, at, known) or self
 
-    def workspace(self, shape: tuple[int, ...], k: int, known: Shapes, count: int) -> int:
+    def workspace(self, at: At, k: int, known: Shapes, count: int) -> int:
         """Bytes held beside the stack and the base, for `count` elements: a few float64 copies of the stack.
 
         Measured: below five times the values, all in all. A step that holds more says so itself.
         """
         own = self.step.workspace
-        return count * 8 * (4 * k + 3) if own is None else own(shape, k, known)
+        return count * 8 * (4 * k + 3) if own is None else own(self.params, at, k, known)
 
 
 @dataclass(frozen=True)
@@ -250,6 +251,17 @@ class Pipeline:
     @property
     def reduces(self) -> bool:
         return any(b.step.reduces for b in self.steps)
+
+    def workspace(self, at: At, k: int, known: Callable[[Bound], Shapes], count: int) -> int:
+        """Bytes that its steps hold, one after the other, beside the stack of k models and the base.
+
+        Tables of statistics come on top, however short the range.
+        """
+        most, left = 0, k
+        tables = max((b.step.stat.table_bytes(k, b.params) for b in self.steps if b.step.stat), default=0)
+        for b in self.steps:
+            most, left = max(most, b.workspace(at, left, known(b), count)), 1 if b.step.reduces else left
+        return most + tables
 
     @cached_property
     def needs(self) -> tuple[Need, ...]:
