@@ -50,6 +50,19 @@ def test_no_weights_are_the_shared_merge(kind: type[nn.Module]) -> None:
     torch.testing.assert_close(routed(inputs(kind), weights=[0.0] * 3), merged(inputs(kind)), **CLOSE)
 
 
+def test_a_shared_method_takes_its_own_parameters() -> None:
+    base, experts = family(Perceptron)
+    x = inputs(Perceptron)
+    for shared, weight in (
+        ("task_arithmetic", 0.3),
+        ({"method": "task_arithmetic", "scale": 0.4}, 0.4),
+        ({"method": "task_arithmetic", "weight": 0.2}, 0.2),
+    ):
+        routed = weft.route(base, base, experts, shared=shared)  # type: ignore[arg-type]
+        merged = weft.merge(experts, "task_arithmetic", base=base, weight=weight).state_dict()
+        torch.testing.assert_close(routed(x, weights=[0.0] * 3), functional_call(base, merged, (x,)), **CLOSE)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("residual", ["full", "lowrank:2"])
 def test_every_way_of_running_gives_the_same(kind: type[nn.Module], residual: str) -> None:

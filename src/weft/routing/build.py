@@ -47,8 +47,9 @@ def route(
 ) -> Routed:
     """θ(x) = θs + Σₜ wₜ(x) Rₜ, Rₜ what expert t has beyond θs; the three parts are chosen apart.
 
-    shared      a method (`{"method": "tsv", "scale": 1.0}` with its parameters), "base", or a checkpoint: what is
-                not routed, and what residuals rest on; with `rests_on="base"` routed parts rest on the base instead
+    shared      a method (`{"method": "tsv", "scale": 1.0}` with its parameters; task arithmetic's scale is 0.3
+                here), "base", or a checkpoint: what is not routed, and what residuals rest on; with
+                `rests_on="base"` routed parts rest on the base instead
     residual    how each Rₜ is kept: full, lowrank:16, sparse:0.1, sign, quantised:4, emr, tall:0.4 … (residuals.py)
     gate        what chooses w: oracle, router, prototype, energy, residue, entropy, preference, or a `Gating`
     where       which parts are routed: "all", "linear", "mlp", or patterns of submodules' names
@@ -167,8 +168,8 @@ def _shared(
     else:
         params = {"method": shared} if isinstance(shared, str) else dict(shared)
         method = str(params.pop("method", ""))
-        if method == "task_arithmetic":
-            params = {"weight": 0.3} | params
+        if method == "task_arithmetic" and not {"weight", "scale"} & params.keys():
+            params["scale"] = 0.3
         with_base = METHODS[method].base != "forbidden" if method in METHODS else True
         made = weft.merge(list(models), method, base=base if with_base else None, **params)
     from weft.learn.sources import in_memory
