@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from weft._version import __version__
 
 if TYPE_CHECKING:
-    from weft import align, learn
     from weft.adapters.apply import apply_adapters
     from weft.adapters.extract import extract_lora
     from weft.adapters.merge import merge_adapters

@@ -32,7 +32,7 @@ _WHERE = {
     "sinkhorn_matching": "sinkhorn",
     "softened": "soft",
     "softly_reordered": "soft",
-    "spec_of": "verb",
+    "spec_of": "stored",
     "straight_through": "straight",
     "together": "many",
     "weight_matching": "weights",

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from weft.cli.advise import app as advise_app
+from weft.cli.align import app as align_app
 from weft.cli.analyze import app as analyze_app
 from weft.cli.bench import app as bench_app
 from weft.cli.calibrate import app as calibrate_app
@@ -265,6 +266,7 @@ def demo(
 
 
 app.add_typer(advise_app)
+app.add_typer(align_app)
 app.add_typer(analyze_app)
 app.add_typer(calibrate_app)
 app.add_typer(bench_app)
