@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -143,29 +144,32 @@ class Ascent:
         self, at: dict[str, Tensor], generator: torch.Generator | None = None, sweeps: int = 100,
         progress: Progress | None = None,
     ) -> None:  # fmt: skip
-        """Raise the objective in place until a sweep gains nothing. Without a generator, in the groups' order."""
+        """Raise the objective in place until no group can. Without a generator, in the groups' order."""
+        settled: set[str] = set()  # nothing that they are scored by has moved since
         for sweep in range(sweeps):
             order = range(len(self.roots))
             if generator is not None:
                 order = torch.randperm(len(self.roots), generator=generator).tolist()  # type: ignore[assignment]
-            gained = False
-            for i in order:
-                gain = self.improve(self.roots[i], at)
-                gained = gained or gain > 0
+            for root in (self.roots[i] for i in order):
+                if root in settled:
+                    continue
+                gain = self.improve(root, at)
+                settled.add(root)
+                if gain > 0:
+                    settled -= self.beside[root]
                 if progress is not None:
-                    progress(sweep, self.roots[i], gain)
-            if not gained or (sweep == 0 and self._independent):
+                    progress(sweep, root, gain)
+            if len(settled) == len(self.roots):
                 return
 
-    @property
-    def _independent(self) -> bool:
-        """Whether no tensor is seen by two roots, so that one sweep is all."""
-        seen: set[str] = set()
-        for root in self.roots:
-            if seen & set(self.uses[root]) or any(len(axes) > 1 for axes in self.uses[root].values()):
-                return False
-            seen |= set(self.uses[root])
-        return True
+    @cached_property
+    def beside(self) -> dict[str, set[str]]:
+        """For each root the roots in whose tensors it stands; itself, if it meets itself in one."""
+        return {
+            root: {r for r in self.roots if r != root and set(self.uses[r]) & set(self.uses[root])}
+            | ({root} if any(len(axes) > 1 for axes in self.uses[root].values()) else set())
+            for root in self.roots
+        }
 
     def improve(self, root: str, at: dict[str, Tensor]) -> float:
         """The best permutation of one group and those within it, all others held; the gain, 0 if it is kept."""
