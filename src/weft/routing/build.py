@@ -166,7 +166,7 @@ def _shared(
         assert base is not None
         made = weft.load(base)
     else:
-        params = {"method": shared} if isinstance(shared, str) else dict(shared)
+        params: dict[str, Any] = {"method": shared} if isinstance(shared, str) else dict(shared)
         method = str(params.pop("method", ""))
         if method == "task_arithmetic" and not {"weight", "scale"} & params.keys():
             params["scale"] = 0.3
