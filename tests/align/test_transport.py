@@ -91,10 +91,36 @@ def vectors(d: int = 6, n: int = 64) -> list[tuple[Tensor]]:
     return [(rand(n // 2, d, seed=s).float(),) for s in (1, 2)]
 
 
+class Tied(nn.Module):
+    """A table of tokens that also classifies: along its width one tensor is written and read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(9, 12), nn.Linear(12, 9, bias=False)
+        self.up, self.down, self.norm = nn.Linear(12, 20), nn.Linear(20, 12), nn.LayerNorm(12)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.table(ids)
+        return self.head(self.norm(h + self.down(torch.relu(self.up(h)))))
+
+
+def encoder() -> nn.Module:
+    """Attention in one module, which hooks do not see into."""
+    layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True, dropout=0)
+    return noisy(nn.Sequential(nn.Linear(3, 16), layer, nn.Linear(16, 3)), 0)
+
+
+def words() -> list[tuple[Tensor]]:
+    return [(torch.randint(0, 9, (16, 5), generator=torch.Generator().manual_seed(s)),) for s in (1, 2)]
+
+
 NETWORKS = {
     "mlp": (lambda: mlp(6, 8, 7, 3), vectors),
     "grouped convolution": (convolutional, images),
     "attention": (lambda: noisy(Attention(), 0), tokens),
+    "encoder": (encoder, tokens),
+    "tied": (lambda: noisy(Tied(), 0), words),
 }
 
 
@@ -346,6 +372,34 @@ def test_what_holds_others_is_not_mixed_and_maps_must_fit() -> None:
         Transported(net.checkpoint, net.spec, {outer: Mix(soft, soft)}, net.reads)
     with pytest.raises(DataProblems, match="maps of shape"):
         Transported(net.checkpoint, net.spec, {"layer.6": Mix(soft, soft)}, net.reads)
+
+
+def test_the_verb_takes_all_of_them() -> None:
+    a, data = mlp(6, 8, 7, 3), vectors()
+    b = weft.materialize(opened([a])[0].spec.apply(a, opened([a])[0].spec.random(3)), deepcopy(a))
+    for how in ("activations", "correlation", "mudsc", "cca", "ot", "transformers"):
+        options = {"gamma": 1e-2} if how == "cca" else {"reg": 1e-3} if how == "transformers" else {}
+        assert distance(weft.align(b, to=a, how=how, data=data, **options), a, data) < 1e-3
+    wide = mlp(6, 12, 9, 3)
+    moved = weft.align(wide.state_dict(), to=a, how="ot", modules=(a, wide))
+    assert moved.info("2.weight").shape == (7, 8)
+    with pytest.raises(UsageError, match="needs data"):
+        weft.align(b, to=a, how="activations")
+    spec = opened([a])[0].spec
+    with pytest.raises(UsageError, match="give module="):
+        weft.align(b.state_dict(), to=a.state_dict(), how="correlation", spec=spec, data=data)
+
+
+def test_along_tied_tensors_units_are_permuted_and_soft_maps_refused() -> None:
+    a, b = noisy(Tied(), 0), noisy(Tied(), 1)
+    found = ot_fusion(b, a, words(), by="activations", reg=0.05)
+    assert found.target.both == {"table"}
+    assert found.transport["table"].hard and not found.transport["up"].hard
+    assert "head.weight" in found.checkpoint.aliases or "table.weight" in found.checkpoint.aliases
+    net = found.source
+    soft = torch.full((12, 12), 1 / 12, dtype=F64)
+    with pytest.raises(DataProblems, match="which only a permutation satisfies"):
+        Transported(net.checkpoint, net.spec, {"table": Mix(soft, soft)}, net.reads)
 
 
 def test_no_warning_is_given() -> None:

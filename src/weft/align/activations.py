@@ -102,13 +102,13 @@ class Activations:
     sites: Mapping[str, Sequence[Site]]
 
     def cross(self, group: str, i: int = 0, j: int = 1, of: Of = "correlation") -> Tensor | None:
-        """How alike the units of a group are in models i and j, the mean over its sites: [n_i, n_j].
+        """How alike the units of a group are in models i and j, the mean over where they are seen: [n_i, n_j].
 
         For a group within others [outer_i, outer_j, …, n_i, n_j], for every pair of their units. None for a group
         whose units are only seen through those of groups within it.
         """
         found = [one for site in self.sites.get(group, ()) for one in self._at(site, group, i, j, of)]
-        return sum(found[1:], found[0]) / len(self.sites[group]) if found else None
+        return sum(found[1:], found[0]) / len(found) if found else None
 
     def _at(self, site: Site, group: str, i: int, j: int, of: Of) -> Iterator[Tensor]:
         values: Tensor = getattr(self.joint[site], of)
@@ -130,11 +130,11 @@ def _length(site: Site, net: Net) -> int:
 
 
 def paired(values: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Σ_f values[a[…, f], b[…, f]] for every pair: a [o, …, n, f] and b [p, …, m, f] give [o, p, …, n, m]."""
+    """The mean over f of values[a[…, f], b[…, f]]: a [o, …, n, f] and b [p, …, m, f] give [o, p, …, n, m]."""
     a = a.reshape(*(s for n in a.shape[:-1] for s in (n, 1)), a.shape[-1])
     b = b.reshape(*(s for n in b.shape[:-1] for s in (1, n)), b.shape[-1])
     first, *others = (values[a[..., f], b[..., f]] for f in range(a.shape[-1]))
-    return sum(others, first)
+    return sum(others, first) / (1 + len(others))
 
 
 def activations(

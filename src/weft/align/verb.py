@@ -22,6 +22,12 @@ MATCHERS = {
     "ste": "weft.align.straight:straight_through",
     "sinkhorn": "weft.align.sinkhorn:sinkhorn_matching",
     "annealing": "weft.align.annealing:annealed",
+    "activations": "weft.align.matchers:activations",
+    "correlation": "weft.align.matchers:correlation",
+    "mudsc": "weft.align.matchers:both",
+    "cca": "weft.align.matchers:cca",
+    "ot": "weft.align.matchers:transport",
+    "transformers": "weft.align.matchers:transformers",
 }
 """Ways to match: functions `(spec, a, b, **options)` that give permutations of b, or a checkpoint that fits a."""
 RUNNERS = {
