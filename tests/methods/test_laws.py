@@ -18,7 +18,7 @@ NEEDS = {"tall_masks": {"task": 0}, "tsv_c": {"task": 0}, "nearswap": {"t": 0.3}
 """Parameters without a default."""
 RANDOM = {"dare", "dare_ties", "della", "della_linear"}
 SYMMETRIC = {"linear", "task_arithmetic", "ties", "magnitude", "breadcrumbs", "breadcrumbs_ties", "karcher",
-             "multislerp", "nuslerp", "model_stock", "consensus", "emr", "pcb", "lines", "sce", "ram",
+             "multislerp", "nuslerp", "model_stock", "consensus", "emr", "pcb", "lines", "sce", "varm", "ram",
              "ram_plus", "magmax", "fisher", "fisher_nodes", "ubgm", "mats", "aim", "tsv",
              "iso_c", "iso_cts", "dc_merge", "star", "cart", "knots", "core_space", "esm", "svc",
              "subspace_boosting", "regmean", "lot", "wudi", "swudi", "swudi_a", "actmat", "gram"}  # fmt: skip
@@ -64,6 +64,7 @@ RETURNS_ONE = {
     "tall_masks",
     "passthrough",
     "sce",
+    "varm",
     "fisher",
     "fisher_nodes",
     "ubgm",
@@ -147,6 +148,7 @@ def test_identical_models(m):
         "model_stock",
         "ram",
         "sce",
+        "varm",
         "fisher",
         "fisher_nodes",
     }:

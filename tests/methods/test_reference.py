@@ -147,6 +147,11 @@ def ref_pcb(x, p=0.1, clip=0.01, w=1.0):
     return wsum(beta * x, w) / np.where(beta.sum(0) > 0, beta.sum(0), 1)
 
 
+def ref_varm(x, axes):
+    v = (x**2).mean(axes, keepdims=True)
+    return (v / v.sum(0) * x).sum(0)
+
+
 def ref_sce(x, p=1.0):
     var = x.var(0)
     sel = np.where(var >= np.sort(var.ravel())[-max(1, int(p * var.size))], x, 0)
@@ -261,6 +266,8 @@ CASES = [
     ("pcb", {"density": 0.5, "clip": 0.2, "scale": 1.0}, lambda x: ref_pcb(x, 0.5, 0.2)),
     ("lines", {}, lambda x: (1 / K + 0.5 * 2 / 4) * x.sum(0)),
     ("lines", {"weight": W, "alpha": 0.3, "beta": 0.9}, lambda x: (0.3 + 0.9 * 2 / 4) * wsum(x)),
+    ("varm", {}, lambda x: ref_varm(x, tuple(range(1, x.ndim)))),
+    ("varm", {"over": "element"}, lambda x: ref_varm(x, ())),
     ("sce", {}, ref_sce),
     ("sce", {"select_topk": 0.3}, lambda x: ref_sce(x, 0.3)),
     ("ram", {"epsilon": 0.5}, lambda x: ref_ram(x, 0.5)),

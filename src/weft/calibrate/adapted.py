@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from weft.calibrate.network import hooked
 from weft.errors import DataError, Problems, UsageError, did_you_mean
+from weft.statistics.placed import placed
 
 FILE = "calibration/maps.safetensors"
 """Where an output folder keeps the maps."""
@@ -171,7 +172,6 @@ def load_adapted(folder: Any, module: nn.Module | None = None) -> Adapted:
     """
     from pathlib import Path
 
-    from weft.calibrate.network import placed
     from weft.checkpoints.safetensors import SafetensorsFile, read_header
     from weft.checkpoints.sources import LocalSource
     from weft.checkpoints.strictjson import parse_json

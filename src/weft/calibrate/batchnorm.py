@@ -15,10 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from weft.api import Model
 from weft.calibrate.moments import Moments, measured
-from weft.calibrate.network import Site, full, held, hooked, placed, rows, sites
+from weft.calibrate.network import Site, full, held, hooked, rows, sites
 from weft.calibrate.result import Calibrated, calibrated, written
 from weft.errors import DataError, UsageError
 from weft.statistics.batches import Batch, Data, Forward, outputs_of
+from weft.statistics.placed import placed
 
 Schedule = Literal["sequential", "joint"]
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from weft.api import Model
-from weft.calibrate.network import Site, full, held, hooked, own, placed, sites
+from weft.calibrate.network import Site, full, held, hooked, own, sites
 from weft.calibrate.result import Calibrated, calibrated, written
 from weft.errors import DataError, UsageError
 from weft.statistics.batches import Batch, Data, Forward, logits_of, outputs_of
 from weft.statistics.labels import IGNORED, given
+from weft.statistics.placed import placed
 from weft.train.select import is_conv1d
 
 

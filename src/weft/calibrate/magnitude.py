@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from weft.api import Model
-from weft.calibrate.network import Site, full, held, kind_of, own, placed, sites
+from weft.calibrate.network import Site, full, held, kind_of, own, sites
 from weft.calibrate.result import Calibrated, calibrated, written
 from weft.calibrate.watch import seen_at
 from weft.errors import DataError, UsageError
 from weft.statistics.batches import Batch, Data, Forward
+from weft.statistics.placed import placed
 
 Space = Literal["weights", "features", "both"]
 

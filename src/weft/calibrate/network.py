@@ -1,4 +1,4 @@
-"""Networks to calibrate: a copy with a model's values, the layers in it that have channels, and what may change.
+"""Networks to calibrate: the layers that have channels, and what of them may change.
 
 A site is a layer whose output has channels that can be measured and rescaled: a linear map, a convolution, or a
 BatchNorm. Sites are found by running the network once, so nothing need be known of the architecture.
@@ -6,7 +6,6 @@ BatchNorm. Sites are found by running the network once, so nothing need be known
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,11 +17,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
-from weft.api import Model, materialize
-from weft.checkpoints.base import Checkpoint
-from weft.checkpoints.company import InCompany
-from weft.checkpoints.load import load
-from weft.checkpoints.memory import StateDict
 from weft.errors import DataError, UsageError
 from weft.statistics.batches import Batch, Data, Forward, batches, outputs_of
 from weft.statistics.observe import slow_attention
@@ -43,32 +37,6 @@ class Site:
     """Whether its output is the network's."""
     normed: bool
     """Whether its output goes into a BatchNorm and nowhere else first."""
-
-
-def placed(model: Model, module: nn.Module | None = None) -> tuple[nn.Module, Checkpoint]:
-    """A network of its own with a model's values, in evaluation mode and frozen, and the checkpoint they are of.
-
-    `module` is copied; without it the model is a module or its config names a model of transformers.
-    """
-    if isinstance(model, nn.Module):
-        made, source = copy.deepcopy(model), _of_module(model)
-    else:
-        source = load(model)
-        if module is None and source.config is None:
-            raise UsageError(f"give the network that {source.origin} is of (module=…)")
-        if module is None:
-            from weft.llm.hf import to_transformers
-
-            made = to_transformers(source)
-        else:
-            made = materialize(source, copy.deepcopy(module))
-    return made.eval().requires_grad_(False), source
-
-
-def _of_module(model: nn.Module) -> Checkpoint:
-    config: Any = getattr(model, "config", None)
-    state = StateDict(model)
-    return InCompany(state, config.to_dict()) if hasattr(config, "to_dict") else state
 
 
 def held(data: Data, net: nn.Module, device: Any, samples: int | None) -> list[Batch]:

@@ -13,10 +13,11 @@ from weft.api import Model
 from weft.calibrate.adapted import ANY, Scaled
 from weft.calibrate.batchnorm import Schedule, check_schedule, settle
 from weft.calibrate.moments import Moments, measured, mixed
-from weft.calibrate.network import Site, full, held, hooked, own, placed, rows, sites
+from weft.calibrate.network import Site, full, held, hooked, own, rows, sites
 from weft.calibrate.result import Calibrated, calibrated, written
 from weft.errors import DataError, Problems, UsageError, did_you_mean
 from weft.statistics.batches import Batch, Data, Forward, outputs_of
+from weft.statistics.placed import placed
 from weft.train.select import is_conv1d
 
 DEAD = 1e-6

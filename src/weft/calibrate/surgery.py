@@ -17,12 +17,13 @@ from torch.func import functional_call
 
 from weft.api import Model
 from weft.calibrate.adapted import INPUT, Adapted, Surgery
-from weft.calibrate.network import Site, held, hooked, placed, sites
+from weft.calibrate.network import Site, held, hooked, sites
 from weft.calibrate.result import Calibrated, calibrated
 from weft.calibrate.watch import seen_at, watching
 from weft.errors import DataError, Problems, UsageError, did_you_mean
 from weft.learn.loop import TEST_TIME, seeded
 from weft.statistics.batches import Batch, Data, Forward, outputs_of
+from weft.statistics.placed import placed
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 

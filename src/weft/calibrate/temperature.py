@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from weft.api import Model
 from weft.calibrate.adapted import ANY, Scaled
-from weft.calibrate.network import full, held, own, placed, sites
+from weft.calibrate.network import full, held, own, sites
 from weft.calibrate.result import Calibrated, calibrated, written
 from weft.errors import DataError, UsageError
 from weft.statistics.batches import Batch, Data, Forward, logits_of, outputs_of
 from weft.statistics.labels import IGNORED, given
+from weft.statistics.placed import placed
 
 
 def temperature(

@@ -42,7 +42,7 @@ def without_code(config: dict[str, Any], notes: list[str], path: str = "") -> di
     """The config without the keys that make a loader run code; each one left out adds a note."""
     kept = {}
     for key, value in config.items():
-        if _CODE_KEYS.match(key):
+        if _CODE_KEYS.match(str(key)):  # a config in memory may count labels by number
             notes.append(f"config.json: {path}{key} left out, since it can make a loader run code")
         else:
             kept[key] = _value_without_code(value, notes, f"{path}{key}.")

@@ -31,6 +31,7 @@ from weft.methods import (
     ties,
     tsv,
     ubgm,
+    varm,
     wudi,
 )
 
@@ -65,5 +66,6 @@ __all__ = [
     "ties",
     "tsv",
     "ubgm",
+    "varm",
     "wudi",
 ]

@@ -6,7 +6,9 @@ from weft.systems import System
 
 SYSTEMS = (
     System("S38", "GAN Cocktail", "2.3.3.1", "training", "Avrahami et al., ECCV 2022",
-           "Merges generators without their data: rooting, averaging, tuning on generated images."),
+           "Merges generators without their data: rooting, averaging, tuning on generated images.",
+           entry="weft.transform.cocktail:cocktail",
+           test="tests/systems/test_transform.py::test_a_cocktail_of_generators_covers_what_each_made"),
     System("S39", "Diffusion Soup", "2.3.3.1", "merge", "Biggs et al., ECCV 2024, arXiv:2406.08431",
            "Averages diffusion models tuned on shards of data; a shard is removed by averaging anew."),
     System("S40", "MaxFusion", "2.3.3.1", "inference", "Nair et al., 2024, arXiv:2404.09977",
