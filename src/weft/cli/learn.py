@@ -29,8 +29,8 @@ def learn(
     how: Annotated[
         str,
         typer.Option(
-            help="learn (a loss of your choice), adamerging, atlas, concrete, symerge, expert_merging, dam, "
-            "prodistill, learned_soup, mehl_soup or twa."
+            help="learn (a loss of your choice), adamerging, adarank, atlas, concrete, symerge, expert_merging, "
+            "dam, prodistill, learned_soup, mehl_soup or twa."
         ),
     ] = "learn",
     base: Annotated[str | None, typer.Option(help="What the models were fine-tuned from.")] = None,

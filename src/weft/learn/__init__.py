@@ -16,14 +16,14 @@ from typing import Any
 
 _WHERE = {
     "Blocks": "parts", "ByMethod": "by_method", "Learned": "loop", "Masked": "masks", "Mergeable": "mergeable",
-    "Weighed": "weighed", "Weighted": "weighted", "adamerging": "adaptive", "atlas": "adaptive",
+    "Weighed": "weighed", "Weighted": "weighted", "adamerging": "adaptive", "adarank": "ranks", "atlas": "adaptive",
     "atlas_test_time": "adaptive", "concrete": "masks", "dam": "adaptive", "expert_merging": "adaptive",
     "learned_soup": "soups", "mehl_soup": "soups", "prodistill": "distill", "symerge": "adaptive",
     "twa": "soups",
 }  # fmt: skip
 
 __all__ = [
-    "Blocks", "ByMethod", "Learned", "Masked", "Mergeable", "Weighed", "Weighted", "adamerging", "atlas",
+    "Blocks", "ByMethod", "Learned", "Masked", "Mergeable", "Weighed", "Weighted", "adamerging", "adarank", "atlas",
     "atlas_test_time", "concrete", "dam",
     "expert_merging", "learned_soup", "mehl_soup", "prodistill", "symerge", "twa",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from weft.learn.mergeable import Mergeable
 from weft.learn.parts import Blocks
 
 METHODS: Mapping[str, str] = {
-    "adamerging": "adaptive", "atlas": "adaptive", "concrete": "masks", "dam": "adaptive",
+    "adamerging": "adaptive", "adarank": "ranks", "atlas": "adaptive", "concrete": "masks", "dam": "adaptive",
     "expert_merging": "adaptive", "learned_soup": "soups", "mehl_soup": "soups", "prodistill": "distill",
     "symerge": "adaptive", "twa": "soups",
 }  # fmt: skip
