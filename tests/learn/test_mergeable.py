@@ -286,3 +286,15 @@ def test_requests_that_cannot_be_meant_are_refused() -> None:
         merged.checkpoint("rotate") if merged.private else merged.index("rotate")
     with pytest.raises(Problems, match="did you mean 'head'"), merged.watched(["haed"]):
         pass
+
+
+def test_inner_products_are_those_of_whole_vectors_taken_by_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weft.learn.sources._SLICE", 7)
+    base, models = family(3)
+    for anchor in (base, None):
+        sources = Mergeable(Small(), anchor, models).sources
+        start = 0 if anchor is None else torch.cat([t.flatten() for t in base.state_dict().values()])
+        rows = torch.stack(
+            [torch.cat([t.flatten() for t in m.state_dict().values()]) - start for m in models]
+        )
+        torch.testing.assert_close(sources.gram(sources.parameters), rows @ rows.T)

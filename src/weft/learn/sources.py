@@ -23,6 +23,9 @@ from weft.errors import DataProblems, UsageError
 from weft.learn.parts import Place
 from weft.methods.parts import stored_name
 
+_SLICE = 1 << 20
+"""Elements of a tensor whose inner products are taken at once."""
+
 
 class Sources:
     """Base and models, checked against the module: every parameter and float buffer, of its shape.
@@ -162,9 +165,13 @@ class Sources:
         k = len(self.models)
         total = torch.zeros(k, k, dtype=torch.float64)
         for name in names:
-            rows = [self.delta(i, name, torch.float64).reshape(-1).cpu() for i in range(k)]
-            stack = torch.stack(rows)
-            total += stack @ stack.T
+            values = [self.value(i, name).reshape(-1) for i in range(k)]
+            start = None if self.base is None else self.value(None, name).reshape(-1)
+            for at in range(0, len(values[0]), _SLICE):  # float64 of a slice, not of whole tensors
+                rows = torch.stack([v[at : at + _SLICE].double().cpu() for v in values])
+                if start is not None:
+                    rows -= start[at : at + _SLICE].double().cpu()
+                total += rows @ rows.T
         return total
 
 
