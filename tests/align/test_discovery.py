@@ -64,7 +64,9 @@ def test_what_no_rule_is_known_for_is_left_alone_and_noted() -> None:
 
 
 def test_a_network_that_cannot_be_run_says_why() -> None:
-    with pytest.raises(DataError, match=r"cannot be run to find its symmetries: .*give example_inputs"):
+    with pytest.raises(
+        DataError, match=r"cannot be run to find its symmetries \(in 0\): .*give example_inputs"
+    ):
         discover(made("vgg"), torch.randn(2, 5))
     with pytest.raises(UsageError, match="give example_inputs for ResNet"):
         discover(made("resnet"))

@@ -158,3 +158,24 @@ def test_what_cannot_be_meant_is_refused() -> None:
     broken = {n: t * float("inf") for n, t in b.state_dict().items()}
     with pytest.raises(DataError, match="NaN or infinite"):
         c2m3(spec, [a, broken])
+
+
+def test_networks_with_batch_norm_are_settled_before_their_loss_counts() -> None:
+    """The loss halfway is that with statistics measured there; none of the ways ends above where it began."""
+    from networks import IMAGE, shaken
+
+    a = made("resnet")
+    torch.manual_seed(3)
+    b = shaken(KINDS["resnet"].make().double(), 5)
+    net = Network(a, (IMAGE, a(IMAGE).argmax(-1)))
+    spec = discover(a, IMAGE)
+
+    def middle(p: dict[str, Tensor]) -> float:
+        moved = reordered(dict(b.state_dict()), spec, p)
+        mixed = {n: (t + moved[n]) / 2 if t.is_floating_point() else t for n, t in a.state_dict().items()}
+        return net.measure(net.settled(mixed)).loss
+
+    start, matched = middle(spec.identity()), middle(weft.align.weight_matching(spec, a, b))
+    assert middle(annealed(spec, a, b, net, steps=30)) < start
+    assert middle(sinkhorn_matching(spec, a, b, net, steps=10)) <= start
+    assert middle(straight_through(spec, a, b, net, steps=5)) <= matched

@@ -26,11 +26,20 @@ class Line:
     """Tensors that distances are measured on: weights, no statistics, no integers."""
     net: Network | None
 
-    def middle(self, permutations: Permutations, alpha: float = 0.5) -> State:
-        """The weights at α, BatchNorm's statistics measured anew where the network asks for it."""
-        moved = reordered(self.b, self.spec, permutations)
-        mixed = {n: t + alpha * (moved[n] - t) if t.is_floating_point() else t for n, t in self.a.items()}
-        return mixed if self.net is None else self.net.settled(mixed)
+    def mixed(self, moved: State, alpha: float = 0.5) -> State:
+        """The weights at α, BatchNorm's statistics measured anew where the network asks for it; gradients flow to
+        `moved`, but for statistics."""
+        made = {n: t + alpha * (moved[n] - t) if t.is_floating_point() else t for n, t in self.a.items()}
+        made = {n: t if n in self.counted else t.detach() for n, t in made.items()}
+        if self.net is None or not self.net.has_running_statistics:
+            return made
+        with torch.no_grad():
+            settled = self.net.settled({n: t.detach() for n, t in made.items()})
+        return {n: t if n in self.counted else settled[n] for n, t in made.items()}
+
+    def middle(self, permutations: Permutations) -> State:
+        """The weights halfway to b in this order."""
+        return self.mixed(reordered(self.b, self.spec, permutations))
 
     def cost(self, permutations: Permutations, objective: str) -> float:
         """‖θA − πθB‖², or the loss of the midpoint on all the data."""

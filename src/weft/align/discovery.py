@@ -58,7 +58,8 @@ def discover(
     for t in pytree.tree_leaves([args, kwargs]):
         if isinstance(t, Tensor):
             trace.set(t, (trace.fixed(s, "an input of the network") for s in t.shape))
-    with observed(module, trace), plain(module), torch.no_grad(), Following(trace, module):
+    entered: list[str] = []
+    with observed(module, trace, entered), plain(module), torch.no_grad(), Following(trace, module):
         try:
             result = module(*args, **kwargs)
         except (
@@ -69,8 +70,9 @@ def discover(
             AttributeError,
             NotImplementedError,
         ) as error:
+            where = f" (in {entered[-1]})" if entered else ""
             raise DataError(
-                f"{type(module).__name__} cannot be run to find its symmetries: {str(error)[:300]}; give "
+                f"{type(module).__name__} cannot be run to find its symmetries{where}: {str(error)[:300]}; give "
                 "example_inputs that it accepts"
             ) from error
     for t in pytree.tree_leaves((outputs or _logits)(result)):
@@ -139,8 +141,14 @@ def _guessed(module: nn.Module) -> Inputs:
 
 
 @contextmanager
-def observed(module: nn.Module, trace: Trace) -> Iterator[None]:
-    """Notes the inputs and outputs of modules that have no modules in them."""
+def observed(module: nn.Module, trace: Trace, entered: list[str]) -> Iterator[None]:
+    """Notes the inputs and outputs of modules that have no modules in them; `entered`: those it is in, by name."""
+
+    def enter(name: str, m: nn.Module, args: Any) -> None:
+        entered.append(name)
+
+    def leave(m: nn.Module, args: Any, result: Any) -> None:
+        entered.pop()
 
     def note(name: str, m: nn.Module, args: Any, result: Any) -> None:
         for side, values in (("input", args), ("output", result)):
@@ -153,6 +161,9 @@ def observed(module: nn.Module, trace: Trace) -> Iterator[None]:
         for name, m in module.named_modules()
         if name and not list(m.children())
     ]
+    for name, m in module.named_modules():
+        if name:
+            hooks += [m.register_forward_pre_hook(partial(enter, name)), m.register_forward_hook(leave)]
     try:
         yield
     finally:

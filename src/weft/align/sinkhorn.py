@@ -117,5 +117,4 @@ def _loss(between: Line, moved: dict[str, Tensor], objective: str, alpha: float,
         for n in between.counted:
             total = total + (between.a[n] - moved[n]).pow(2).sum()
         return total
-    mixed = {n: t + alpha * (moved[n] - t) if t.is_floating_point() else t for n, t in between.a.items()}
-    return between.loss(mixed, step)
+    return between.loss(between.mixed(moved, alpha), step)
