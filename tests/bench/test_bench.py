@@ -258,3 +258,31 @@ def test_learned_routed_and_mended_merges_stand_beside_the_others(monkeypatch: p
     assert at["twin"] > at["task_arithmetic"] and at["smile"] > at["task_arithmetic"]
     size = found.row("task_arithmetic").average("parameters")
     assert size and size < (found.row("twin").average("parameters") or 0) < 5 * size
+
+
+def test_seeds_run_apart_are_combined(results: Results) -> None:
+    from dataclasses import replace
+
+    from weft.bench.results import combined
+
+    rows = tuple(replace(r, runs=tuple(replace(m, seed=1) for m in r.runs)) for r in results.rows[:-1])
+    both = combined([results, replace(results, rows=rows, seeds=(1,))])
+    assert both.seeds == (0, 1) and len(both.rows) == len(results.rows) - 1
+    assert both.rows[0].interval == pytest.approx(0) and len(both.rows[0].runs) == 2
+    with pytest.raises(UsageError, match="different seeds"):
+        combined([results, results])
+
+
+def test_networks_from_different_starts_merge_better_aligned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    from weft.bench.suites import two_init
+
+    monkeypatch.setenv("WEFT_CACHE", str(tmp_path))
+    monkeypatch.setattr(two_init, "FIT", replace(two_init.FIT, epochs=6))
+    found = bench("two-init", ["linear", "aligned", "regmean"])
+    assert found.row("linear").mean < found.row("aligned").mean < found.row("experts").mean
+    assert found.row("linear").mean < found.row("regmean").mean
+    assert len(list((tmp_path / "bench").iterdir())) == 2

@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
-from weft.bench.contenders import Contender, Outcome, Params, Seen
+from weft.bench.contenders import MEANS, SUMS, Contender, Outcome, Params, Seen, fits_always, merged
 from weft.bench.setting import Setting
 from weft.errors import UsageError
 from weft.learn.losses import Loss, Shot, as_loss
 from weft.learn.masks import Masked
 from weft.learn.mergeable import Mergeable
 from weft.learn.weighed import Weighed
+from weft.methods.registry import METHODS
 
 STEPS, RATE, BATCH = 100, 1e-2, 16
 TEST_TIME_INPUTS = 500
@@ -115,6 +117,64 @@ def _base(setting: Setting) -> Any:
     return setting.base
 
 
+def remeasured(setting: Setting, params: Params) -> Outcome:
+    """RegMean++: Gram matrices of the inputs that the merged layers make."""
+    from weft.statistics.remeasured import regmean_pp
+
+    def read(module: nn.Module, batch: Any) -> Any:
+        return module(**batch) if isinstance(batch, Mapping) else module(batch)
+
+    data = [[setting.inputs(t)] for t in setting.tasks]
+    found = regmean_pp(setting.models, data, base=setting.base, module=setting.module(), forward=read)
+    return Outcome(dict(found.state_dict()))
+
+
+def gram_of_both(setting: Setting, params: Params) -> Outcome:
+    """The Gram solver on measured inputs, with the task vectors' own as a prior."""
+    return merged(setting, METHODS["gram"], params, ("gram",))
+
+
+def aligned(setting: Setting, params: Params) -> Outcome:
+    """Every model with its units in the order of the first's, then the mean."""
+    import weft
+    from weft.align.verb import align
+
+    first, *others = setting.models
+    inputs = setting.inputs(setting.tasks[0], limit=8)
+    same = [align(m, to=first, module=setting.module(), example_inputs=inputs) for m in others]
+    return Outcome(weft.merge([first, *same], "linear").state_dict())
+
+
+def baseless(setting: Setting) -> str:
+    """Alignment is for networks without a common start."""
+    return one_network(setting) or ("the models have a base in common" if setting.base is not None else "")
+
+
+def reestimated(method: str, **how: Any) -> Callable[[Setting, Params], Outcome]:
+    """A merge whose BatchNorm statistics are measured anew on inputs of all tasks."""
+
+    def make(setting: Setting, params: Params) -> Outcome:
+        import weft
+        from weft.calibrate.run import calibrate
+
+        known = {} if method == "linear" else {"base": _base(setting)}
+        made = weft.merge(setting.models, method, **known, **how, **params)
+        data = [x for t in setting.tasks for x in torch.split(setting.inputs(t), 64)]
+        mixed = torch.cat(data)[
+            torch.randperm(sum(map(len, data)), generator=torch.Generator().manual_seed(0))
+        ]
+        found = calibrate(made, torch.split(mixed, 256), "batchnorm", module=setting.module())
+        return Outcome({n: t.detach() for n, t in found.checkpoint.state_dict().items()})
+
+    return make
+
+
+def normed(setting: Setting) -> str:
+    """Only networks with BatchNorm have statistics to mend."""
+    running = any(n.endswith("running_var") for n in setting.models[0])
+    return one_network(setting) or ("" if running else "the network has no BatchNorm")
+
+
 def routed(**how: Any) -> Callable[[Setting, Params], Outcome]:
     """`weft.route` with these settings; its gate made from unlabelled inputs by task where it needs some."""
 
@@ -155,11 +215,12 @@ def operated(seen: Seen) -> Callable[[Setting, Params], Outcome]:
 
     def make(setting: Setting, params: Params) -> Outcome:
         import weft
+        from weft.calibrate.run import calibrate
 
         merged = weft.merge(setting.models, "task_arithmetic", base=_base(setting), scale=0.3)
         names = [t.name for t in setting.tasks]
-        data = {t: x.split(64) for t, x in examples(setting, seen).items()}
-        found = weft.calibrate(
+        data = {t: torch.split(x, 64) for t, x in examples(setting, seen).items()}
+        found = calibrate(
             merged, data, "surgery", experts=dict(zip(names, setting.models, strict=True)),
             module=setting.module(), rank=int(params["rank"]), steps=int(params["steps"]),
             split="test-time" if seen == "test-time" else "train",
@@ -174,9 +235,20 @@ def operated(seen: Seen) -> Callable[[Setting, Params], Outcome]:
 def contender(
     name: str, label: str, make: Callable[[Setting, Params], Outcome], family: str, seen: Seen,
     params: Mapping[str, Any] | None = None, per_task: bool = False,
+    tuned: Mapping[str, Sequence[Any]] | None = None, base: bool = True,
+    fits: Callable[[Setting], str] = one_network,
 ) -> Contender:  # fmt: skip
     return Contender(
-        name, label, make, family, seen, params or {}, needs_base=True, per_task=per_task, fits=one_network
+        name,
+        label,
+        make,
+        family,
+        seen,
+        params or {},
+        tuned or {},
+        needs_base=base,
+        per_task=per_task,
+        fits=fits,
     )
 
 
@@ -195,6 +267,16 @@ ADAPTED: tuple[Contender, ...] = (
     contender("atlas", "aTLAS, few shots", learned("cross_entropy", "labelled", start=0.0, labels=True), "learned",
               "labelled", {"steps": STEPS, "lr": 2e-2}),
     contender("prodistill", "ProDistill", prodistilled, "learned", "unlabelled", {"steps": STEPS, "lr": 0.01}),
+    contender("regmean_pp", "RegMean++", remeasured, "least squares", "unlabelled", base=False),
+    contender("gram_data", "Gram, inputs and task vectors", gram_of_both, "least squares", "unlabelled",
+              tuned={"scale": MEANS}, fits=fits_always),
+    contender("aligned", "Aligned by weights, mean", aligned, "average", "none", base=False, fits=baseless),
+    contender("linear_bn", "Mean + BatchNorm", reestimated("linear"), "calibrated", "unlabelled", base=False,
+              fits=normed),
+    contender("task_arithmetic_bn", "TA + BatchNorm", reestimated("task_arithmetic"), "calibrated", "unlabelled",
+              {"scale": 0.3}, tuned={"scale": SUMS}, fits=normed),
+    contender("tsv_bn", "TSV + BatchNorm", reestimated("tsv"), "calibrated", "unlabelled",
+              tuned={"scale": MEANS}, fits=normed),
     contender("surgery", "TA + surgery", operated("test-time"), "calibrated", "test-time",
               {"rank": 16, "steps": 200}, per_task=True),
     contender("surgery_train", "TA + surgery, on training inputs", operated("unlabelled"), "calibrated",

@@ -126,14 +126,14 @@ def of_method(method: Method) -> Contender:
     )  # fmt: skip
 
 
-def merged(setting: Setting, method: Method, params: Params) -> Outcome:
-    """`weft.merge` of the suite's experts, in memory."""
+def merged(setting: Setting, method: Method, params: Params, also: Sequence[str] = ()) -> Outcome:
+    """`weft.merge` of the suite's experts, in memory; `also` are statistics that the method may have."""
     import weft
 
     how: dict[str, Any] = {}
     seconds = 0.0
     kinds = [n for n in method.needs if not n.optional]
-    own = tuple(dict.fromkeys(FORWARD.get(n.kind, n.kind) for n in kinds if not n.of_base))
+    own = tuple(dict.fromkeys([*(FORWARD.get(n.kind, n.kind) for n in kinds if not n.of_base), *also]))
     if method.name == "mats":  # one of two curvatures
         own = ("kfac",)
     of_base = tuple(dict.fromkeys(n.kind for n in kinds if n.of_base))

@@ -7,12 +7,12 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
 
-from weft.errors import DataError
+from weft.errors import DataError, UsageError
 
 FORMAT = 1
 How = Literal["fixed", "tuned", "reference"]
@@ -175,6 +175,31 @@ class Results:
                 *map(_cell, (r.average("parameters"), r.average("seconds"), r.average("peak"))),
             ])  # fmt: skip
         return out.getvalue()
+
+
+def combined(parts: Sequence[Results]) -> Results:
+    """Runs of one suite with different seeds as one: the rows that all have. UsageError where that fails."""
+    first, *others = parts
+    wrong = [p.suite for p in others if p.suite != first.suite]
+    seeds = [s for p in parts for s in p.seeds]
+    if wrong or len(set(seeds)) < len(seeds):
+        raise UsageError("results are combined over different seeds of one suite")
+    rows = []
+    for row in first.rows:
+        same = [next((r for r in p.rows if _same(r, row)), None) for p in others]
+        if None not in same:
+            rows.append(
+                replace(row, runs=(*row.runs, *(run for r in same if r is not None for run in r.runs)))
+            )
+    return replace(
+        first, rows=tuple(rows), seeds=tuple(seeds), seconds=sum(p.seconds for p in parts),
+        command="; ".join(dict.fromkeys(p.command for p in parts)),
+        skipped={k: v for p in parts for k, v in p.skipped.items()},
+    )  # fmt: skip
+
+
+def _same(a: Row, b: Row) -> bool:
+    return (a.name, a.how, a.size) == (b.name, b.how, b.size)
 
 
 def ratio(value: float, expert: float, lower_is_better: bool) -> float:

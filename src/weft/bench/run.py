@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import sys
 import time
@@ -36,6 +37,7 @@ def bench(
     methods: Sequence[str] | None = None,
     *,
     seeds: int = 1,
+    first_seed: int = 0,
     data: str | Path | None = None,
     samples: int = 64,
     tune: bool = True,
@@ -44,12 +46,13 @@ def bench(
     """Run a suite: its name (`weft.bench.suites.SUITES`), a `Suite`, or a function of the seed that makes one.
 
     `methods` are names of contenders or families (all that fit, by default); `seeds` how often the experts are
-    trained anew (from cache where they were before); `samples` how many examples a task data-driven methods see;
-    `tune=False` leaves out the rows with tuned coefficients. Runs on a GPU where there is one, else on the
-    threads torch has.
+    trained anew (from cache where they were before), from `first_seed` on; `samples` how many examples a task
+    data-driven methods see; `tune=False` leaves out the rows with tuned coefficients. Runs on a GPU where there
+    is one, else on the threads torch has.
     """
-    if seeds < 1:
-        raise UsageError(f"seeds must be 1 or more, not {seeds}")
+    if seeds < 1 or first_seed < 0:
+        raise UsageError(f"seeds must be 1 or more, from 0 up, not {seeds} from {first_seed}")
+    drawn = tuple(range(first_seed, first_seed + seeds))
     if samples < 1:
         raise UsageError(f"samples must be 1 or more, not {samples}")
     say = progress or (lambda _: None)
@@ -58,7 +61,7 @@ def bench(
     found: dict[tuple[int, str, str], list[tuple[Row, Measured]]] = {}
     skipped: dict[str, str] = {}
     known: list[Suite] = []
-    for seed in range(seeds):
+    for seed in drawn:
         made = build(seed)
         for one in [made] if isinstance(made, Suite) else made:
             known.append(one)
@@ -71,7 +74,7 @@ def bench(
         raise UsageError(f"{name}: tasks of one suite have one metric, not {' and '.join(sorted(metrics))}")
     return Results(
         name, known[0].about, metrics.pop(), tuple(sorted(rows, key=lambda r: -r.size)),
-        tuple(range(seeds)), skipped=skipped, notes=list(known[0].notes),
+        drawn, skipped=skipped, notes=list(known[0].notes),
         machine=machine(), date=datetime.now(UTC).date().isoformat(), versions=versions(),
         seconds=time.perf_counter() - started,
     )  # fmt: skip
@@ -159,7 +162,7 @@ def trials(c: Contender, setting: Setting, judge: Judge, tune: bool) -> Iterable
     made, cost = _made(c, setting, c.params)
     row = Row(c.name, c.label, c.family, "fixed", c.seen, len(setting.tasks), (), c.per_task)
     yield row, judge(made, c.params, cost)
-    if not (tune and c.tuned):
+    if not (tune and c.tuned and judge.chooses):
         return
     from dataclasses import replace
 
@@ -187,13 +190,13 @@ class Judge:
 
     def __init__(self, setting: Setting, seed: int) -> None:
         self.setting, self.seed = setting, seed
+        self.chooses = all("validation" in t.splits for t in setting.tasks)
+        """Whether there are validation data; without them nothing is tuned, since the test must not choose."""
         self.experts = {
-            t.name: score(setting.loaded.take(m.state_dict(), t), t, self.split(t), VALIDATION).value
+            t.name: score(setting.loaded.take(m.state_dict(), t), t, "validation", VALIDATION).value
             for t, m in zip(setting.tasks, setting.models, strict=True)
+            if self.chooses
         }
-
-    def split(self, task: Task) -> str:
-        return "validation" if "validation" in task.splits else "train" if "train" in task.splits else "test"
 
     def at(self, made: Outcome, task: Task) -> nn.Module:
         """The module that answers for a task."""
@@ -210,11 +213,16 @@ class Judge:
         found = []
         for t in self.setting.tasks:
             try:
-                value = score(self.at(made, t), t, self.split(t), VALIDATION).value
+                value = score(self.at(made, t), t, "validation", VALIDATION).value
             except DataError:
-                return float("-inf")
+                return -math.inf
             found.append(ratio(value, self.experts[t.name], t.metric == "perplexity"))
         return mean(found)
+
+    def _chosen_by(self, made: Outcome) -> float | None:
+        """What is kept of it: a finite number or nothing."""
+        found = self.validation(made) if self.chooses else -math.inf
+        return found if math.isfinite(found) else None
 
     def __call__(self, made: Outcome, params: Mapping[str, Any], cost: Any = None) -> Measured:
         tasks, errors, damaged = {}, [], dict[str, list[float]]()
@@ -232,7 +240,7 @@ class Judge:
         parameters = made.parameters or (size if made.states is None else size * len(made.states))
         return Measured(
             self.seed, tasks, mean(errors) if errors else None, unseen,
-            {d: mean(v) for d, v in damaged.items()}, self.validation(made), dict(params), parameters,
+            {d: mean(v) for d, v in damaged.items()}, self._chosen_by(made), dict(params), parameters,
             None if cost is None else cost.seconds + made.extra_seconds,
             None if cost is None or cost.peak is None else cost.peak / 2**20,
         )  # fmt: skip

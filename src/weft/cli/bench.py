@@ -16,15 +16,17 @@ app = typer.Typer()
 @app.command()
 def bench(
     suite: Annotated[
-        str | None,
+        list[str] | None,
         typer.Argument(
-            help="A suite, PKG:FUNCTION that makes one, or results (.json) to show again.", metavar="[SUITE]"
+            help="A suite, PKG:FUNCTION that makes one, or results (.json), to be shown as one.",
+            metavar="[SUITE]",
         ),
     ] = None,
     methods: Annotated[
         str | None, typer.Option(metavar="A,B", help="Contenders or families. Default: all that fit.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How often the experts are trained anew.")] = 1,
+    first_seed: Annotated[int, typer.Option(min=0, help="The first of these seeds.")] = 0,
     data: Annotated[Path | None, typer.Option(help="Folder of data sets. Default: WEFT_DATA.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Examples a task that data-driven methods see.")] = 64,
     tune: Annotated[bool, typer.Option(help="Also choose coefficients on validation data.")] = True,
@@ -41,8 +43,11 @@ def bench(
     if list_:
         _list(json)
         return
-    if suite is None:
+    if not suite:
         raise UsageError("name a suite: weft bench --list shows them")
+    shown = all(s.endswith(".json") for s in suite)
+    if len(suite) > 1 and not shown:
+        raise UsageError("one suite at a time; several arguments are results (.json) of different seeds")
     _check(out, ".json")
     _check(csv, ".csv")
     _check(html, ".html")
@@ -51,7 +56,7 @@ def bench(
     from weft.bench.table import print_table
 
     results = (
-        _shown(suite) if suite.endswith(".json") else _run(suite, methods, seeds, data, samples, tune, quiet)
+        _shown(suite) if shown else _run(suite[0], methods, seeds, first_seed, data, samples, tune, quiet)
     )
     if out is not None:
         write(results, out)
@@ -70,7 +75,14 @@ def bench(
 
 
 def _run(
-    suite: str, methods: str | None, seeds: int, data: Path | None, samples: int, tune: bool, quiet: bool
+    suite: str,
+    methods: str | None,
+    seeds: int,
+    first_seed: int,
+    data: Path | None,
+    samples: int,
+    tune: bool,
+    quiet: bool,
 ) -> Results:
     from dataclasses import replace
 
@@ -80,15 +92,22 @@ def _run(
 
     names = None if methods is None else [m.strip() for m in methods.split(",") if m.strip()]
     found = run(
-        suite, names, seeds=seeds, data=data, samples=samples, tune=tune, progress=None if quiet else note
+        suite,
+        names,
+        seeds=seeds,
+        first_seed=first_seed,
+        data=data,
+        samples=samples,
+        tune=tune,
+        progress=None if quiet else note,
     )
     return replace(found, command=command())
 
 
-def _shown(path: str) -> Results:
-    from weft.bench.results import read
+def _shown(paths: list[str]) -> Results:
+    from weft.bench.results import combined, read
 
-    return read(path)
+    return combined([read(p) for p in paths])
 
 
 def _check(path: Path | None, suffix: str) -> None:
