@@ -2,12 +2,15 @@
 
     python benchmarks/alignment.py barriers [--data mnist,fashion_mnist] [--width 512] [--pairs 3] [--only …]
     python benchmarks/alignment.py speed [--layers 22] [--memory 1GiB]
+    python benchmarks/alignment.py zip [--data mnist] [--width 512] [--pairs 3]
+    python benchmarks/alignment.py fusion [--width 256] [--other 400] [--pairs 3]
 
 `barriers` trains pairs of networks (two or three hidden layers, ReLU, AdamW with weight decay 0.5, one cycle, from
 two seeds each) on the images of WEFT_DATA, and prints the barrier of the loss and of the error rate on the test
 images, between the original networks, before and after each way to match them. Matchers that need data see
 training images only. `speed` takes the time of weight matching for ResNet-20, MLPs of width 1024, and a transformer
-of TinyLlama's shape on disk, against itself in another order with noise, with the peak memory of the process.
+of TinyLlama's shape on disk, against itself in another order with noise, with the peak memory of the process. `zip`
+makes one trunk of two networks that know other labels, `fusion` one network of two of other widths (zips.py).
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from torch import Tensor, nn
 import weft
 from weft.analysis.barrier import barrier
 from weft.analysis.network import Network
+from zips import fused, zipped
 
 Data = tuple[Tensor, Tensor]
 Aligned = Callable[..., Any]
@@ -238,7 +242,18 @@ def main() -> None:
     fast.add_argument("--place", default=None, help="where its files go")
     fast.add_argument("--verbose", action="store_true")
     fast.set_defaults(run=speed)
-    for one in (of, fast):
+    zips, fusion = ways.add_parser("zip"), ways.add_parser("fusion")
+    zips.set_defaults(run=zipped)
+    fusion.add_argument("--other", type=int, default=400)
+    fusion.set_defaults(run=fused)
+    for one, width in ((zips, 512), (fusion, 256)):
+        one.add_argument("--data", default="mnist")
+        one.add_argument("--width", type=int, default=width)
+        one.add_argument("--depth", type=int, default=2)
+        one.add_argument("--pairs", type=int, default=3)
+        one.add_argument("--epochs", type=int, default=5)
+        one.add_argument("--decay", type=float, default=0.5)
+    for one in (of, fast, zips, fusion):
         one.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows = options.run(options)
