@@ -237,7 +237,13 @@ class Mergeable(nn.Module):
 def _skeleton(module: nn.Module) -> nn.Module:
     """A copy in evaluation mode, untrained, that shares its weights with the module."""
     shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
-    return copy.deepcopy(module, shared).eval()
+    made = copy.deepcopy(module, shared).eval()
+    for (
+        m
+    ) in made.modules():  # a cache of keys and values outlives a call: what is run twice would see the first
+        if getattr(getattr(m, "config", None), "use_cache", False):
+            m.config.use_cache = False  # type: ignore[union-attr]
+    return made
 
 
 def _matching(names: list[str], patterns: Sequence[str]) -> list[str]:
