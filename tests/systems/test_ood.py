@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from weft.checkpoints.base import Checkpoint
 from weft.demo.evaluate import as_network
 from weft.demo.network import DigitNet, network
-from weft.demo.tasks import examples
+from weft.demo.tasks import Split, examples
 from weft.demo.train import fit, joined
 from weft.learn import learned_soup
-from weft.systems.ood import greedy_soup, model_stock, uniform_soup, wise_ft
+from weft.systems.ood import diwa, greedy_soup, model_stock, uniform_soup, wise_ft
 
 
 def corrupted(data: Data, seed: int) -> list[Data]:
@@ -29,6 +29,7 @@ def corrupted(data: Data, seed: int) -> list[Data]:
     return [(noisy, y), (blurred, y), (0.35 * x - 0.3, y), (shifted, y)]
 
 
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 CLEAN = examples(UPRIGHT, "test")
 VALIDATION = examples(UPRIGHT, "validation")
 SHIFTED = corrupted(CLEAN, 99)
@@ -111,6 +112,33 @@ def test_a_greedy_soup_leaves_out_a_bad_run_and_a_learned_one_lowers_the_loss(ru
         assert sum(weights) == pytest.approx(1) and max(weights) - min(weights) > 0.01
         assert validation_loss(learned) < validation_loss(uniform_soup(good))
         assert correct(learned, CLEAN) > correct(uniform, CLEAN) + 0.01
+
+
+def test_an_average_of_diverse_runs_serves_an_unseen_domain_better_than_the_chosen_one() -> None:
+    """Trained on blurred, faint and shifted images; noise is the domain that no run has seen."""
+    over_chosen, over_mean = [], []
+    few: Data = tuple(v[:250] for v in examples(UPRIGHT, "pretrain"))  # type: ignore[assignment]
+    train, held_out, test = (corrupted(examples(UPRIGHT, s), 5 + i) for i, s in enumerate(SPLITS))
+    data, validation = joined([tuple(v[:250] for v in d) for d in train[1:]]), joined(held_out[1:])  # type: ignore[misc]
+    for seed in (1, 2, 3):
+        net = DigitNet(torch.Generator().manual_seed(seed))
+        fit(net, few, epochs=20, rate=1e-3, seed=seed, head=True)
+        start, generator = network(net.state_dict()), torch.Generator().manual_seed(seed)
+        made = []
+        for i in range(6):
+            rate = 10 ** (-2.8 + 0.5 * float(torch.rand(1, generator=generator)))
+            epochs = int(torch.randint(8, 16, (1,), generator=generator))
+            made.append(tuned(start, data, 100 * seed + i, epochs=epochs, rate=rate))
+        average, kept = diwa(made)
+        assert kept == list(range(6))
+        alone = [correct(r, test[0]) for r in made]
+        chosen = max(range(6), key=lambda i: correct(made[i], validation))
+        over_chosen.append(correct(average, test[0]) - alone[chosen])
+        over_mean.append(correct(average, test[0]) - mean(alone))
+        restricted, few_kept = diwa(made, lambda m: correct(m, validation))
+        assert chosen in few_kept and correct(restricted, validation) >= correct(made[chosen], validation)
+    assert min(over_chosen) > 0 and mean(over_chosen) > 0.015
+    assert min(over_mean) > 0 and mean(over_mean) > 0.005
 
 
 def test_the_stock_of_two_runs_is_more_robust_than_their_mean(runs: list[Runs]) -> None:

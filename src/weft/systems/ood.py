@@ -46,6 +46,17 @@ def greedy_soup(
     return uniform_soup([models[j] for j in kept]), kept
 
 
+def diwa(
+    runs: Sequence[Model], score: Callable[[Checkpoint], float] | None = None
+) -> tuple[Checkpoint, list[int]]:
+    """The mean of runs from one start with mildly different settings, for domains unseen; and which are in it.
+
+    All of them, or, with a `score` on held-out data of the domains that were trained on, those that a greedy soup
+    keeps (arXiv:2205.09739). `weft.analysis.decomposition.bias_variance` tells why.
+    """
+    return (uniform_soup(runs), list(range(len(runs)))) if score is None else greedy_soup(runs, score)
+
+
 def model_stock(models: Sequence[Model], base: Model) -> Checkpoint:
     """From the base towards the mean of a few runs, as far as the angle between them says."""
     return weft.merge(models, "model_stock", base=base)
@@ -135,7 +146,8 @@ SYSTEMS = (
     System("S82", "DART", "2.4.3.1", "training", "Jain et al., CVPR 2023, arXiv:2302.14685",
            "Trains a branch an augmentation and averages them from time to time."),
     System("S83", "DiWA", "2.4.3.1", "training", "Ramé et al., NeurIPS 2022, arXiv:2205.09739",
-           "Averages diverse runs from one start and one linear probe."),
+           "Averages diverse runs from one start and one linear probe.", entry=HERE + "diwa",
+           test=TESTS + "test_an_average_of_diverse_runs_serves_an_unseen_domain_better_than_the_chosen_one"),
     System("S84", "Model Stock", "2.4.3.1", "merge", "Jang et al., ECCV 2024, arXiv:2403.19522",
            "Finds the robust centre of two runs from their angle at the base.", entry=HERE + "model_stock",
            test=TESTS + "test_the_stock_of_two_runs_is_more_robust_than_their_mean"),
