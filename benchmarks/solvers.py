@@ -1,13 +1,14 @@
 """The solvers on experts of ViT-B/32's shape against the plain formulas in torch, on one machine, in one run.
 
-    python benchmarks/solvers.py spectral [--blocks 12] [--experts 8] [--rank 16 | --rank 0] [--json OUT.json]
+    python benchmarks/solvers.py spectral|gram [--blocks 12] [--experts 8] [--rank 16 | --rank 0] [--json OUT.json]
 
 Each route is a process of its own that reads safetensors files of float32 and writes one: `plain` holds all
 task vectors, as the published codes do, and follows the paper's formula with torch.linalg.svd in float32 (at the
 numerical rank where the experts have one, since it gives something else otherwise); `weft` is weft.merge and
 weft.save. `--rank 0` gives task vectors of full rank. Seconds are wall and CPU time of the merge without imports,
 memory is the process's peak above what it holds after its imports; the difference is the largest relative Frobenius
-distance of an update between the two outputs.
+distance of an update between the two outputs. `gram` merges by RegMean (Gram matrices of inputs of full rank, one
+file of float32 an expert) and by SWUDI, in float32 with torch.inverse and torch.linalg.eigh as their codes do.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 SPECTRAL = ("tsv", "iso_c")
+GRAM = ("regmean", "swudi")
 
 
 def shapes(blocks: int, width: int = 768) -> dict[str, tuple[int, ...]]:
@@ -59,6 +61,42 @@ def make(folder: Path, blocks: int, experts: int, rank: int) -> None:
         save_file(tuned, folder / f"expert{i}.safetensors")
 
 
+def make_grams(folder: Path, blocks: int, experts: int) -> None:
+    """Statistics of inputs: Gram matrices of full rank, some features of which are larger than others."""
+    import weft
+    from weft.checkpoints.memory import StateDict
+    from weft.checkpoints.model import Model
+    from weft.methods.kinds import ABOUT
+
+    g = torch.Generator().manual_seed(1)
+    told = {ABOUT: {"samples": 256, "transposed": [], "tied": {}}}
+    for i in range(experts):
+        values = {}
+        for name, shape in shapes(blocks).items():
+            if len(shape) == 2:
+                x = torch.randn(2 * shape[1], shape[1], generator=g) * torch.linspace(0.5, 2, shape[1])
+                values[f"gram/{name}"] = x.T @ x / len(x)
+        weft.save(Model(StateDict(values), told, (), "grams"), folder / f"grams{i}", overwrite=True)
+
+
+def plain_gram(method: str, deltas: list[Tensor], grams: list[Tensor]) -> Tensor:
+    """RegMean or SWUDI of one matrix as their codes write them."""
+    if method == "regmean":
+        keep = [g * 0.9 + torch.diag(g.diagonal()) * 0.1 for g in grams]
+        weighted = torch.stack([g @ d.T for g, d in zip(keep, deltas, strict=True)]).sum(0)
+        return (torch.inverse(torch.stack(keep).sum(0)) @ weighted).T
+    x = torch.stack(deltas)
+    own = 1 / x.flatten(1).norm(dim=1).square()
+    squares = x.mT @ x
+    c, d = torch.einsum("n,nbc->bc", own, squares), torch.einsum("n,nac->ac", own, x @ squares)
+    values, v = torch.linalg.eigh(c)
+    values = values.clamp(min=1e-8)
+    f = 1 - torch.exp(-values * 1300.0)
+    f[: c.shape[0] - int(0.65 * c.shape[0] + 0.999)] = 0
+    start = x.sum(0)
+    return start - (start @ v * f) @ v.T + (d @ v * (f / values)) @ v.T
+
+
 def plain_spectral(method: str, deltas: list[Tensor], clip: bool) -> Tensor:
     """TSV-M or Iso-C of one matrix as the papers write them."""
 
@@ -86,10 +124,19 @@ def plain(method: str, folder: Path, experts: int, rank: int, out: Path) -> None
     base = load_file(folder / "base.safetensors")
     loaded = [load_file(folder / f"expert{i}.safetensors") for i in range(experts)]
     deltas = [{n: t - base[n] for n, t in e.items()} for e in loaded]
+    grams = (
+        [load_file(folder / f"grams{i}" / "model.safetensors") for i in range(experts)]
+        if method == "regmean" else []
+    )  # fmt: skip
     merged = {}
     for name, t in base.items():
         own = [d[name] for d in deltas]
-        step = plain_spectral(method, own, rank > 0) if t.ndim == 2 else torch.stack(own).mean(0)
+        if t.ndim < 2:
+            step = torch.stack(own).mean(0)
+        elif method in GRAM:
+            step = plain_gram(method, own, [g[f"gram/{name}"] for g in grams])
+        else:
+            step = plain_spectral(method, own, rank > 0)
         merged[name] = t + step
     save_file(merged, out)
 
@@ -99,7 +146,9 @@ def ours(method: str, folder: Path, experts: int, out: Path, threads: int) -> No
     import weft
 
     models = [folder / f"expert{i}.safetensors" for i in range(experts)]
-    weft.save(weft.merge(models, method, base=folder / "base.safetensors"), out, threads=threads)
+    known = [folder / f"grams{i}" for i in range(experts)] if method == "regmean" else None
+    node = weft.merge(models, method, base=folder / "base.safetensors", statistics=known)
+    weft.save(node, out, threads=threads)
 
 
 def held() -> float:
@@ -147,17 +196,19 @@ def distance(base: Path, a: Path, b: Path) -> float:
     return max(found)
 
 
-def spectral(args: argparse.Namespace) -> dict[str, Any]:
-    """TSV-M and Iso-C, both routes."""
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    """TSV-M and Iso-C, or RegMean and SWUDI, both routes."""
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp)
         make(folder, args.blocks, args.experts, args.rank)
-        for method in SPECTRAL:
+        if args.half == "gram":
+            make_grams(folder, args.blocks, args.experts)
+        for method in args.only or (GRAM if args.half == "gram" else SPECTRAL):
             outs = {}
             for route in ("plain", "weft"):
                 outs[route] = folder / f"{method}-{route}.safetensors"
-                command = [sys.executable, __file__, "spectral", "--one", route, "--method", method,
+                command = [sys.executable, __file__, args.half, "--one", route, "--method", method,
                            "--folder", tmp, "--out", str(outs[route]), "--experts", str(args.experts),
                            "--rank", str(args.rank), "--threads", str(args.threads)]  # fmt: skip
                 env = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
@@ -185,7 +236,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("half", choices=["spectral"])
+    parser.add_argument("half", choices=["spectral", "gram"])
+    parser.add_argument("--only", nargs="+", choices=[*SPECTRAL, *GRAM], metavar="METHOD")
     parser.add_argument("--blocks", type=int, default=12)
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16, help="of the task vectors; 0 for full")
@@ -202,7 +254,7 @@ def main() -> None:
         f"{args.experts} experts, {args.blocks} blocks, rank {args.rank or 'full'}, {args.threads} threads, "
         f"torch {torch.__version__}"
     )
-    rows = spectral(args)
+    rows = compare(args)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -98,6 +98,32 @@ def ref_gram(x, prior=0.1, ridge=0.01, start=None, w=(1, 1, 1), gain=None, keep=
     return ref_least_squares(x * size, own, w, start * size, gain or plain) / size
 
 
+def ref_ace(x, w=(1, 1, 1), eps=0.01, limit=0.3, share=0.3, prior=True):
+    """The released code, with τ itself rather than the centred one in the product."""
+    n = x.shape[2]
+    traces = np.array([norm(t) ** 2 for t in x])
+    logs = np.log(traces)
+    spread = logs.var(ddof=1) / logs.mean() ** 2 > limit
+    raw = [(t - t.mean(0)).T @ (t - t.mean(0)) for t in x]
+    size = [np.trace(g) if spread else 1.0 for g in raw]
+    sigmas = [g / s for g, s in zip(raw, size, strict=True)]
+    full = [g + eps / s * np.eye(n) for g, s in zip(sigmas, size, strict=True)]
+    a = sum(wi * g for wi, g in zip(w, full, strict=True))
+    b = sum(wi * t @ g for wi, t, g in zip(w, x, full, strict=True))
+    if prior:
+        row = sum(wi * g for wi, g in zip(w, sigmas, strict=True)).mean(0)
+        a_inv = inv(a + (row / traces.mean() if spread else row))
+    else:
+        a_inv = inv(a)
+    merged = b @ a_inv
+    if spread and share:
+        rest = merged + sum(t @ (g - a / sum(w)) for t, g in zip(x, sigmas, strict=True))
+        u, s, vh = np.linalg.svd(rest, full_matrices=False)
+        top = int(len(s) * share)
+        merged = merged + s[:top].mean() * u[:, :top] @ vh[:top]
+    return merged
+
+
 U = [0.7, 0.3, 1.1]
 GRAM = [
     ("regmean", {}, ref_regmean),
@@ -123,6 +149,10 @@ GRAM = [
     ("actmat", {}, ref_actmat),
     ("actmat", {"weight": U}, lambda x: ref_actmat(x, U)),
     ("actmat", {"ridge": 0.2, "scale": 0.7}, lambda x: 0.7 * ref_actmat(x, ridge=0.2)),
+    ("ace", {}, ref_ace),
+    ("ace", {"limit": 0.0}, lambda x: ref_ace(x, limit=0.0)),
+    ("ace", {"limit": 0.0, "share": 0.6, "epsilon": 0.5}, lambda x: ref_ace(x, eps=0.5, limit=0.0, share=0.6)),
+    ("ace", {"weight": U, "prior": False, "scale": 0.5}, lambda x: 0.5 * ref_ace(x, U, prior=False)),
     ("gram", {}, ref_gram),
     ("gram", {"prior": 0.6, "ridge": 0.2, "keep": "mean", "scale": 0.5},
      lambda x: 0.5 * ref_gram(x, 0.6, 0.2, x.mean(0))),

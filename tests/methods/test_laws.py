@@ -21,15 +21,17 @@ SYMMETRIC = {"linear", "task_arithmetic", "ties", "magnitude", "breadcrumbs", "b
              "multislerp", "nuslerp", "model_stock", "consensus", "emr", "pcb", "lines", "sce", "varm", "ram",
              "ram_plus", "magmax", "fisher", "fisher_nodes", "ubgm", "mats", "aim", "tsv",
              "iso_c", "iso_cts", "dc_merge", "star", "cart", "knots", "core_space", "esm", "svc",
-             "subspace_boosting", "regmean", "lot", "wudi", "swudi", "swudi_a", "actmat", "gram"}  # fmt: skip
+             "subspace_boosting", "regmean", "lot", "wudi", "swudi", "swudi_a", "actmat", "gram",
+             "ace"}  # fmt: skip
 SPECTRAL = {"tsv", "tsv_c", "iso_c", "iso_cts", "dc_merge", "star", "knots", "core_space", "esm",
-            "subspace_boosting", "swudi", "swudi_a", "wudi"}  # fmt: skip
+            "subspace_boosting", "swudi", "swudi_a", "wudi", "ace"}  # fmt: skip
 """Methods that change singular values and keep directions, not signs of entries; see test_spectral.py."""
-NO_NEGATIVE_WEIGHTS = {"regmean", "lot", "wudi", "swudi", "swudi_a", "actmat", "gram"}
+NO_NEGATIVE_WEIGHTS = {"regmean", "lot", "wudi", "swudi", "swudi_a", "actmat", "gram", "ace"}
 """Least squares, which have no least with a negative weight."""
 # an absolute size in the formula
 NOT_HOMOGENEOUS = {"ram": {"epsilon": 0.0}, "ram_plus": {"epsilon": 0.0}, "nearswap": None,
-                   "arcee_fusion": {"importance": "magnitude"}, "wudi": None}  # fmt: skip
+                   "arcee_fusion": {"importance": "magnitude"}, "wudi": None,
+                   "ace": {"epsilon": 0.0, "limit": 1e9}}  # fmt: skip
 SMOOTH = {"linear", "task_arithmetic", "expo", "wise_ft", "passthrough", "slerp", "nuslerp", "karcher",
           "multislerp", "model_stock", "lines", "fisher", "fisher_nodes", "ubgm", "mats",
           "aim", "regmean", "lot"}  # fmt: skip

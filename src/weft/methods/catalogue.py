@@ -1,6 +1,7 @@
 """Imports every family, so that each declares its steps and methods."""
 
 from weft.methods import (
+    ace,
     aim,
     arcee_fusion,
     averages,
@@ -36,6 +37,7 @@ from weft.methods import (
 )
 
 __all__ = [
+    "ace",
     "aim",
     "arcee_fusion",
     "averages",
