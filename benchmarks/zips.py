@@ -102,6 +102,8 @@ def fused(options: argparse.Namespace) -> list[dict[str, Any]]:
                 moved, merged = (accuracy(m, a, test) for m in (found.checkpoint, found.merged()))
                 rows.append({"data": name, "pair": pair, "how": how, "widths": [options.width, options.other],
                              "moved": moved, "merged": merged, "seconds": spent})  # fmt: skip
-                line = f"{name} pair {pair} {options.other} onto {options.width} {how:12} moved {100 * moved:5.1f} %"
-                print(f"{line}  merged {100 * merged:5.1f} %  {spent:6.1f} s", flush=True)
+                told = f"{name} pair {pair} {options.other} onto {options.width} {how:12} moved"
+                print(
+                    f"{told} {100 * moved:5.1f} %  merged {100 * merged:5.1f} %  {spent:6.1f} s", flush=True
+                )
     return rows

@@ -119,6 +119,8 @@ def test_classes_count_by_the_clients_shares() -> None:
     assert torch.allclose(widened(a, made)(x), a(x) * share + b(x) * (1 - share), atol=1e-5)
     with pytest.raises(DataError, match="every class must have an example"):
         pfnm([a, b], counts=[torch.tensor([1, 0, 1])] * 2)
+    with pytest.raises(UsageError, match="2 classes, but no tensor"):
+        pfnm([a, b], counts=[torch.tensor([1, 1])] * 2)
     with pytest.raises(UsageError, match="one tensor"):
         pfnm([a, b], counts=[torch.tensor([1, 0, 1])])
 

@@ -331,6 +331,8 @@ def test_no_data_few_data_and_broken_data_are_told() -> None:
         activation_matching(b, a, None)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="at least one"):
         activation_matching(b, a, [])
+    with pytest.raises(UsageError, match="gone through more than once"):
+        activation_matching(b, a, iter(vectors()))
     with pytest.raises(DataError, match=r"3 samples say nothing: give data with at least 16"):
         activation_matching(b, a, [(torch.zeros(3, 6),)])
     with pytest.raises(DataError, match=r"model 1 .*what 2 takes is NaN or infinite"):
@@ -381,13 +383,12 @@ def test_the_verb_takes_all_of_them() -> None:
         options = {"gamma": 1e-2} if how == "cca" else {"reg": 1e-3} if how == "transformers" else {}
         assert distance(weft.align(b, to=a, how=how, data=data, **options), a, data) < 1e-3
     wide = mlp(6, 12, 9, 3)
-    moved = weft.align(wide.state_dict(), to=a, how="ot", modules=(a, wide))
+    moved = weft.align(wide.state_dict(), to=a.state_dict(), how="ot", module=(a, wide))
     assert moved.info("2.weight").shape == (7, 8)
-    with pytest.raises(UsageError, match="needs data"):
+    with pytest.raises(UsageError, match="give data="):
         weft.align(b, to=a, how="activations")
-    spec = opened([a])[0].spec
     with pytest.raises(UsageError, match="give module="):
-        weft.align(b.state_dict(), to=a.state_dict(), how="correlation", spec=spec, data=data)
+        weft.align(b.state_dict(), to=a.state_dict(), how="correlation", data=data)
 
 
 def test_along_tied_tensors_units_are_permuted_and_soft_maps_refused() -> None:

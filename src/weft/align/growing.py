@@ -205,6 +205,11 @@ def _by_class(
     if len(counts) != len(clients) or len({len(c) for c in counts}) > 1:
         raise UsageError("counts must be one tensor [classes] for each client, all of one length")
     table = torch.stack([c.double() for c in counts])
+    first = clients[0]
+    if not any(_class_axis(first, n, table.shape[1]) is not None for n in first.checkpoint):
+        raise UsageError(
+            f"counts are of {table.shape[1]} classes, but no tensor of the clients writes so many outputs"
+        )
     if not bool((table >= 0).all()) or not bool((table.sum(0) > 0).all()):
         raise DataError("counts must not be negative, and every class must have an example at some client")
     shares = table / table.sum(0) * len(clients)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -106,6 +106,8 @@ def _example(data: Data | None, given: Any, module: nn.Module) -> Batch:
         return as_batch(given)
     if data is None:
         return as_batch(_guessed(module))
+    if isinstance(data, Iterator):
+        raise UsageError("data are gone through more than once: give a list or a loader, no generator")
     first = next(iter(data), None) if not isinstance(data, torch.Tensor) else None
     if first is None:
         raise UsageError("data must be batches, at least one: a DataLoader, or [batch] for one")

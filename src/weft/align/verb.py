@@ -22,19 +22,15 @@ MATCHERS = {
     "ste": "weft.align.straight:straight_through",
     "sinkhorn": "weft.align.sinkhorn:sinkhorn_matching",
     "annealing": "weft.align.annealing:annealed",
-    "activations": "weft.align.matchers:activations",
-    "correlation": "weft.align.matchers:correlation",
-    "mudsc": "weft.align.matchers:both",
-    "cca": "weft.align.matchers:cca",
-    "ot": "weft.align.matchers:transport",
-    "transformers": "weft.align.matchers:transformers",
 }
 """Ways to match: functions `(spec, a, b, **options)` that give permutations of b, or a checkpoint that fits a."""
 RUNNERS = {
     "activations": "weft.align.correlate:activation_matching",
     "correlation": "weft.align.correlate:neuron_alignment",
     "cca": "weft.align.cca:cca_merge",
+    "mudsc": "weft.align.mudsc:mudsc",
     "ot": "weft.align.transport:ot_fusion",
+    "transformers": "weft.align.transport:transformer_fusion",
 }
 """Ways that run the networks: functions `(b, a, data, module=, spec=, **options)` that give an `Alignment`."""
 
@@ -48,10 +44,10 @@ def align(
 ) -> Checkpoint:  # fmt: skip
     """`b` with its units in the order in which it fits `to`: a lazy checkpoint that computes what b computes.
 
-    `b`, `to`: anything `weft.load` takes. `how`: weights, ste, sinkhorn, annealing, activations, correlation, cca,
-    ot (the last two also mix units, which changes what b computes), or a function of `(spec, a, b, **options)`;
-    `options` are the matcher's. `data` are for those that need them: (inputs, targets) or batches for ste,
-    annealing and sinkhorn, inputs for activations, correlation, cca and ot. The symmetries are those of `spec`
+    `b`, `to`: anything `weft.load` takes. `how`: weights, ste, sinkhorn, annealing, activations, correlation,
+    mudsc, cca, ot, transformers (the last three also mix units, which changes what b computes), or a function of
+    `(spec, a, b, **options)`; `options` are the matcher's. `data` are for those that need them: (inputs, targets)
+    or batches for ste, annealing and sinkhorn, inputs for those after them. The symmetries are those of `spec`
     (or a file of one), else of `module`, else of `to` itself, if it is a module or has the config of a
     transformers model; `example_inputs` are for running that once.
 
