@@ -23,6 +23,7 @@ from weft.demo.tasks import TASKS, examples
 from weft.routing import Gating, Routed, pareto
 from weft.routing.preferences import hypervolume
 from weft.systems import routing
+from weft.systems.continual import Increments, dynammo
 from weft.train.loop import finetune
 
 LAYERS = ["layers.*"]
@@ -280,6 +281,49 @@ def test_adapters_merged_by_distance_beat_their_average(bases: Mapping[int, nn.M
     x = torch.cat([examples(t, "test")[0][:4] for t in tasks])
     loop = torch.cat([routed(x[i : i + 1]) for i in range(len(x))])
     torch.testing.assert_close(routed(x), loop, rtol=1e-4, atol=1e-4)
+
+
+def test_averaged_adapters_serve_nearly_like_one_a_task(bases: Mapping[int, nn.Module]) -> None:
+    """DynaMMo: ten digits in five steps of two, told apart at the end. At this size the last adapter alone does as
+    well as the mean; what is asserted is that one forward pass nearly keeps what five adapters give."""
+    start = Adapted(bases[1])
+    start.trunk.head = nn.Identity()
+
+    def step(split: str, i: int, each: int | None = None) -> Data:
+        x, y = examples("rotated", split)  # type: ignore[arg-type]
+        chosen = torch.cat([(y == 2 * i + c).nonzero()[:each, 0] for c in (0, 1)])
+        return x[chosen], y[chosen] % 2
+
+    memory = [step("train", i, 20) for i in range(5)]
+    made = dynammo(start, "adapters.*", 256, [step("train", i) for i in range(5)], memory)
+    x, y = examples("rotated", "test")
+
+    def accuracy(one: Increments) -> float:
+        with torch.no_grad():
+            task, inside = one(x)
+        return float((2 * task + inside == y).double().mean())
+
+    def refitted(features: Sequence[nn.Module]) -> float:
+        """With heads fitted to features of each task's own."""
+        shares = []
+        for i, net in enumerate(features):
+            rest = [m[0] for j, m in enumerate(memory) if j != i]
+            labels = torch.cat([memory[i][1], torch.full((sum(map(len, rest)),), 2)])
+            torch.manual_seed(i)
+            joint = nn.Sequential(deepcopy(net), nn.Linear(256, 3))
+            data = (torch.cat([memory[i][0], *rest]), labels)
+            found = finetune(joint, data, which=["1.*"], epochs=12, batch=50, lr=3e-3, seed=0)
+            joint.load_state_dict(joint.state_dict() | found.model.weights())
+            with torch.no_grad():
+                shares.append(joint.eval()(x).softmax(-1))
+        task = torch.stack([s[:, -1] for s in shares], 1).argmin(1)
+        inside = torch.stack([s[:, :-1].argmax(1) for s in shares], 1).gather(1, task[:, None])[:, 0]
+        return float((2 * task + inside == y).double().mean())
+
+    found = accuracy(made)
+    assert found > refitted(made.kept) - 0.05
+    assert found > refitted([start] * 5) + 0.01
+    assert sum(p.numel() for p in made.features.parameters()) == sum(p.numel() for p in start.parameters())
 
 
 # -- without a row of their own -------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from weft.checkpoints.base import Checkpoint
 from weft.checkpoints.memory import StateDict
@@ -22,7 +21,7 @@ from weft.routing.gated import HOW, Gated, How, Now, at
 from weft.routing.gates import entropies, pooled
 from weft.routing.gating import DIRECTIONAL, Gating
 from weft.routing.residuals import Residual
-from weft.statistics.batches import MASKS
+from weft.routing.told import mask_of, preferences, rows, size_of, task_rows
 from weft.train.forward import logits_of
 
 if TYPE_CHECKING:
@@ -162,62 +161,26 @@ class Routed(nn.Module):
 
     # -- weights ---------------------------------------------------------------------------------------
 
-    def task_rows(self, task: str | Sequence[str] | Tensor, size: int) -> Tensor:
-        """One-hot rows [B, T] of a task, or of one an example. UsageError naming those unknown."""
-        if isinstance(task, Tensor):
-            index = task.to(self.device).long().reshape(-1)
-            if bool(((index < 0) | (index >= len(self.tasks))).any()):
-                raise UsageError(f"tasks are numbers 0 to {len(self.tasks) - 1}")
-        else:
-            names = [task] if isinstance(task, str) else list(task)
-            unknown = [n for n in names if n not in self.tasks]
-            if unknown:
-                hint = did_you_mean(str(unknown[0]), self.tasks)
-                raise UsageError(f"there is no task {unknown[0]!r}{hint}; known: {', '.join(self.tasks)}")
-            index = torch.tensor([self.tasks.index(n) for n in names], device=self.device)
-        if len(index) not in (1, size):
-            raise UsageError(f"{len(index)} tasks are named for {size} examples: give one, or one an example")
-        return nn.functional.one_hot(index, len(self.tasks)).float().expand(size, -1)
-
-    def rows(self, given: Any, size: int, what: str) -> Tensor:
-        """[B, T] from [T], [1, T] or [B, T]. UsageError for another shape, or numbers that are not finite."""
-        w = torch.as_tensor(given, dtype=torch.float32, device=self.device)
-        w = w[None] if w.dim() == 1 else w
-        if w.dim() != 2 or w.shape[1] != len(self.tasks) or w.shape[0] not in (1, size):
-            raise UsageError(
-                f"{what} must have one number a task ({', '.join(self.tasks)}), for all examples or each; its "
-                f"shape is {list(w.shape)}"
-            )
-        if not bool(w.isfinite().all()):
-            raise UsageError(f"{what} has NaN or infinite values")
-        return w.expand(size, -1)
-
-    def preferences(self, given: Any, size: int) -> Tensor:
-        """A preference as shares [B, T]: not below zero, summing to one."""
-        r = self.rows(given, size, "preference")
-        if bool((r < 0).any()) or bool((r.sum(-1) <= 0).any()):
-            raise UsageError("a preference is a share a task: no number below 0, and not all 0")
-        return r / r.sum(-1, keepdim=True)
-
     def _settle(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], task: Any, preference: Any, weights: Any
     ) -> Now:
         """What is known before the network runs; for gates of the whole model, their weights."""
-        gating, size = self.gating, _size(args, kwargs)
-        now = Now(size, mask=_mask(kwargs))
+        gating, size = self.gating, size_of(args, kwargs)
+        now = Now(size, mask=mask_of(kwargs))
         if weights is not None:
-            now.weights = self.rows(weights, size, "weights")
+            now.weights = rows(self.tasks, weights, size, "weights").to(self.device)
         elif gating.kind == "preference":
             if preference is None:
                 raise UsageError(
                     f"this model is weighed by a preference: call it with preference=, a share of each of "
                     f"{', '.join(self.tasks)}"
                 )
-            now.preference = self.preferences(preference, size)
+            now.preference = preferences(self.tasks, preference, size).to(self.device)
             if gating.scope == "model":
                 now.weights = gating.weights(self._gate("all")(now.preference), self.rest_row, self.training)
         elif task is not None:
-            now.weights = self.task_rows(task, size) * (gating.scale if gating.kind == "oracle" else 1.0)
+            told = task_rows(self.tasks, task, size).to(self.device)
+            now.weights = told * (gating.scale if gating.kind == "oracle" else 1.0)
         elif gating.kind == "oracle":
             raise UsageError(f"this model has to be told the task: task= one of {', '.join(self.tasks)}")
         elif gating.scope == "model":
@@ -246,7 +209,7 @@ class Routed(nn.Module):
     @torch.no_grad()
     def _at_row(self, t: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The network as expert t has it."""
-        size = _size(args, kwargs)
+        size = size_of(args, kwargs)
         row = torch.eye(len(self.tasks), device=self.device)[t].expand(size, -1)
         with at(self.parts, Now(size, row)):
             return self.net(*args, **kwargs)
@@ -262,13 +225,13 @@ class Routed(nn.Module):
             if found is not None:
                 raise _Seen(found)
 
-        size = _size(args, kwargs)
+        size = size_of(args, kwargs)
         hook = part.register_forward_pre_hook(stop, with_kwargs=True)
         try:
             with torch.no_grad(), at(self.parts, Now(size, self.rest_row.expand(size, -1))):
                 self.net(*args, **kwargs)
         except _Seen as seen:
-            return self._one_each(pooled(seen.x, self._channels_at(part), _mask(kwargs)), size)
+            return self._one_each(pooled(seen.x, self._channels_at(part), mask_of(kwargs)), size)
         finally:
             hook.remove()
         raise UsageError(f"{self.at} is not called with a tensor, so nothing can be looked at there")
@@ -289,8 +252,8 @@ class Routed(nn.Module):
         """Gate → features [n, d] that it would see at the resting weights; [n·blocks, d] where blocks share it."""
         if self.gating.scope == "model":
             return {"all": self.features(args, kwargs)}
-        size = _size(args, kwargs)
-        now = Now(size, self.rest_row.expand(size, -1), mask=_mask(kwargs), features={})
+        size = size_of(args, kwargs)
+        now = Now(size, self.rest_row.expand(size, -1), mask=mask_of(kwargs), features={})
         with at(self.parts, now):
             self.net(*args, **kwargs)
         assert now.features is not None
@@ -370,16 +333,18 @@ class Routed(nn.Module):
         if len(given) != 1:
             raise UsageError("a static model is one at a task, a preference or weights: give one of them")
         if isinstance(weights, Mapping):
-            rows = {b.name: self.rows(weights[b.name], 1, f"weights of {b.name}")[0] for b in self.blocks}
+            at_rows = {
+                b.name: rows(self.tasks, weights[b.name], 1, f"weights of {b.name}")[0] for b in self.blocks
+            }
         else:
             if weights is not None:
-                found: Any = self.rows(weights, 1, "weights")
+                found: Any = rows(self.tasks, weights, 1, "weights")
             else:
                 found = self.weights_for(task=task, preference=preference)
-            rows = {b.name: (found[b.name] if isinstance(found, dict) else found)[0] for b in self.blocks}
+            at_rows = {b.name: (found[b.name] if isinstance(found, dict) else found)[0] for b in self.blocks}
         state = {n: self.value(n) for n in self.names}
         for part in self.parts:
-            made = part.merged(rows[part.block.name])
+            made = part.merged(at_rows[part.block.name].to(self.device))
             dot = f"{part.block.name}." if part.block.name else ""
             state |= {dot + n: t.detach() for n, t in made.items()}
         origin = f"{self.origin} at fixed weights"
@@ -411,19 +376,3 @@ class Routed(nn.Module):
     def directions_needed(self) -> bool:
         """Whether the gate follows from the residuals' right singular directions."""
         return self.gating.kind in DIRECTIONAL
-
-
-def _mask(kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Which tokens count, [B, L]."""
-    found = next((kwargs[n] for n in MASKS if isinstance(kwargs.get(n), Tensor)), None)
-    return found if found is not None and found.dim() == 2 else None
-
-
-def _size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """How many examples a call has: the length of its first tensor."""
-    for value in pytree.tree_leaves((args, dict(kwargs))):
-        if isinstance(value, Tensor) and value.dim():
-            if not len(value):
-                raise UsageError("there are no examples in this batch")
-            return len(value)
-    raise UsageError("call the routed model with at least one tensor whose first axis is the examples")

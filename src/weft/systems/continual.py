@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+
+import torch
 
 import weft
 from weft.systems import System
@@ -76,6 +80,73 @@ def add_then_replay(
 
     start = weft.load(base)
     return replay(Adapted(start, as_adapter(merge_adapters(adapters, scale, how="concat", base=start)).lora))
+
+
+@dataclass(frozen=True)
+class Increments:
+    """Features under averaged adapters, and a head a task whose last logit says "none of mine"."""
+
+    features: nn.Module
+    heads: Sequence[nn.Module]
+    kept: Sequence[nn.Module]
+    """The features with each task's own adapters, before they were averaged."""
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Task [n], the one whose head is least for "none of mine", and the class inside it [n]."""
+        shares = [head(self.features(x)).softmax(-1) for head in self.heads]
+        task = torch.stack([s[:, -1] for s in shares], 1).argmin(1)
+        inside = torch.stack([s[:, :-1].argmax(1) for s in shares], 1)
+        return task, inside.gather(1, task[:, None])[:, 0]
+
+
+def dynammo(
+    features: nn.Module, adapters: str, width: int, data: Sequence[tuple[Tensor, Tensor]],
+    memory: Sequence[tuple[Tensor, Tensor]], *, lr: float = 1e-3, head_lr: float = 3e-3, epochs: int = 12,
+    seed: int = 0,
+) -> Increments:  # fmt: skip
+    """One adapter a task, each from the one before; then their mean, and all heads anew on a balanced memory.
+
+    `features` gives [n, `width`]; only parameters that match `adapters` are trained. `data` are the tasks in turn,
+    labels 0 … cₜ−1 in each; a new adapter and its head see the memory of earlier tasks as "none of mine". `memory`
+    holds a few examples of every task, as many of each.
+    """
+    from weft.train.loop import finetune
+
+    sizes = [int(y.max()) + 1 for _, y in data]
+    made, last = [], features
+
+    def trained(net: nn.Module, head: nn.Module, own: tuple[Tensor, Tensor], others: Sequence[Tensor],
+                which: Sequence[str], classes: int, rate: float) -> nn.Module:  # fmt: skip
+        x = torch.cat([own[0], *others])
+        y = torch.cat([own[1], torch.full((len(x) - len(own[0]),), classes)])
+        joint = torch.nn.Sequential(deepcopy(net), head)
+        found = finetune(joint, (x, y), which=which, epochs=epochs, batch=50, lr=rate, seed=seed)
+        joint.load_state_dict(joint.state_dict() | found.model.weights())
+        return joint.eval().requires_grad_(False)
+
+    def fresh(t: int) -> nn.Module:
+        torch.manual_seed(seed + t)
+        return torch.nn.Linear(width, sizes[t] + 1)
+
+    with torch.random.fork_rng([]):
+        for t, own in enumerate(data):
+            earlier = [memory[s][0] for s in range(t)]
+            last = trained(last, fresh(t), own, earlier, [f"0.{adapters}", "1.*"], sizes[t], lr)[0]  # type: ignore[index]
+            made.append(last)
+        averaged = weft.materialize(weft.merge(made, "linear"), deepcopy(features)).eval()
+        heads = [
+            trained(
+                averaged,
+                fresh(t),
+                own,
+                [x for s, (x, _) in enumerate(memory) if s != t],
+                ["1.*"],
+                sizes[t],
+                head_lr,
+            )[1]  # type: ignore[index]
+            for t, own in enumerate(memory)
+        ]
+    return Increments(averaged, heads, made)
 
 
 def ita_iel(
@@ -152,7 +223,8 @@ SYSTEMS = (
            entry=HERE + "add_then_replay",
            test="tests/systems/test_adapters.py::test_loras_of_all_tasks_and_a_replay_nearly_reach_joint_training"),
     System("S54", "DynaMMo", "2.4.1.1", "training", "Qazi et al., 2024, arXiv:2404.14099",
-           "Averages one adapter a task, then re-trains the heads on a small memory."),
+           "Averages one adapter a task, then re-trains the heads on a small memory.", entry=HERE + "dynammo",
+           test="tests/systems/test_routing_systems.py::test_averaged_adapters_serve_nearly_like_one_a_task"),
     System("S55", "DAM dynamic adapter merging", "2.4.1.1", "inference",
            "Cheng et al., 2024, arXiv:2403.08755",
            "Merges adapters for each input by its distance from the data they were trained on.",
