@@ -140,6 +140,9 @@ def test_a_file_of_another_network_is_refused_with_every_reason(tmp_path: Path) 
     assert len(told.value.problems) == 3
     with pytest.raises(DataProblems, match="the specification says nothing of it"):
         spec.apply({**made("mlp").state_dict(), "extra": torch.ones(2)}, {})
+    huge = PermutationSpec({**spec.groups, "x": weft.align.Group(10**15)}, spec.axes)
+    with pytest.raises(DataProblems, match="x: a group that stands along no axis"):
+        weft.align(made("mlp"), to=made("mlp"), spec=huge)  # refused before so many units are laid out
     with pytest.raises(DataError, match="No such file"):
         PermutationSpec.load(tmp_path / "nowhere.json")
 

@@ -123,8 +123,8 @@ class Permuted(Derived):
     def __init__(self, source: Checkpoint, spec: PermutationSpec, permutations: Permutations) -> None:
         super().__init__(source)
         self.spec = spec
+        spec.check(source)  # before anything is made of the sizes that it tells
         self.permutations = spec.complete(permutations)
-        spec.check(source)
         self.origin = f"{source.origin} permuted"
         self._where = lru_cache(maxsize=64)(self._places)
 

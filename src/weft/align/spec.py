@@ -202,6 +202,7 @@ class PermutationSpec:
             f"{n}: not in {model.origin}"
             for n in self.axes if n not in held and self.ties.get(n, n) not in firsts
         ]  # fmt: skip
+        problems += [f"{g}: a group that stands along no axis" for g in self.groups if g not in self._uses]
         for name, info in model.tensors.items():
             if name not in self.axes:
                 problems.append(f"{name}: the specification says nothing of it")

@@ -65,7 +65,7 @@ def agreement(
     spec: PermutationSpec, a: Any, b: Any, permutations: Permutations | None = None, *,
     memory: int | str | None = None, ignore: Sequence[str] = STATISTICS,
 ) -> float:  # fmt: skip
-    """Σ_T ⟨A_T, (πB)_T⟩ over the cosine of the whole: 1 for two models that are equal."""
+    """Σ_T ⟨A_T, (πB)_T⟩ / ‖θA‖‖θB‖: the cosine of the weights, 1 for two models that are equal."""
     from weft.checkpoints.load import load
 
     pair = Pair(spec, load(a), load(b), memory=memory, ignore=ignore)
