@@ -150,6 +150,8 @@ def test_requests_that_cannot_be_meant_say_what_is_wrong() -> None:
         ({"warmup": 9}, "warmup must be"), ({"data": inputs()}, "needs labels: give"),
         ({"data": (inputs(), labels() + 7)}, "the model has 3 outputs"), ({"loss": "distill"}, "name the tasks"),
         ({"data": []}, "no batches"), ({"loss": 3}, "no loss 3"),
+        ({"data": (inputs()[..., :3], labels())}, r"Small cannot be run on this batch \(\[12, 2, 3\]\)"),
+        ({"data": {"a": inputs(), "b": inputs()}, "loss": "entropy"}, "unexpected keyword argument 'a'"),
     ):  # fmt: skip
         asked = {"loss": "cross_entropy", "data": DATA, "steps": 2, "batch": 12, **settings}
         with pytest.raises((UsageError, DataError), match=message):

@@ -182,7 +182,17 @@ class Mergeable(nn.Module):
     ) -> Tensor:  # fmt: skip
         typed = {n: t.to(self.sources.parameters[n].dtype) for n, t in state.items()}
         typed |= {n: t.to(self.sources.buffers[n].dtype) for n, t in buffers.items()}
-        return self.output(functional_call(self.inner, typed, args, dict(kwargs)))
+        try:
+            made = functional_call(self.inner, typed, args, dict(kwargs))
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError) as error:
+            given = [*args, *kwargs.values()]
+            shapes = ", ".join(str(list(v.shape)) for v in given if isinstance(v, Tensor))
+            raise UsageError(
+                f"{type(self.inner).__name__} cannot be run on this batch ({shapes}): {str(error).splitlines()[0]}"
+            ) from error
+        return self.output(made)
 
     def _mean_buffer(self, name: str) -> Tensor:
         if name not in self._seen:
