@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -215,3 +216,29 @@ def test_fusechat_of_one_source_is_fusellm() -> None:
         both.merged.tensor("table.weight").float(), alone.checkpoint.tensor("table.weight")
     )
     assert isinstance(fuse(pivot, [source], TEXTS), Fused)
+
+
+def test_checkpoints_of_transformers_come_with_their_tokenizers(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    for i, (name, extra) in enumerate((("pivot", []), ("source", ["ab", "d"]))):
+        words = {t: n for n, t in enumerate([*LETTERS, *extra])}
+        made = Tokenizer(models.BPE(words, [("a", "b")] if extra else [], unk_token=None))
+        made.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+        torch.manual_seed(i)
+        net = LlamaForCausalLM(LlamaConfig(
+            vocab_size=len(words), hidden_size=8 + 8 * i, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=8, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        ))  # fmt: skip
+        net.save_pretrained(tmp_path / name)
+        PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(tmp_path / name)
+    found = fusechat(
+        tmp_path / "pivot", {"a": tmp_path / "source"}, TEXTS, steps=2, lr=1e-2, top=4, merge="sce"
+    )
+    weft.save(found.merged, tmp_path / "merged")
+    assert LlamaForCausalLM.from_pretrained(tmp_path / "merged").config.hidden_size == 8
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()
+    weft.save(found.taught["a"].checkpoint, tmp_path / "taught")
+    assert LlamaForCausalLM.from_pretrained(tmp_path / "taught").config.vocab_size == 4

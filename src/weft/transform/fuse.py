@@ -23,8 +23,10 @@ from torch import Tensor, nn
 
 import weft
 from weft.checkpoints.base import Checkpoint
+from weft.checkpoints.company import InCompany
 from weft.errors import DataError, UsageError
 from weft.methods.registry import METHODS
+from weft.statistics.placed import of_module
 from weft.train.loop import Finetuned, finetune
 from weft.train.objectives import Objective, Point
 from weft.transform.tokens import Nearest, Tokenizer, aligned, checked, encoded, pieces, plain
@@ -43,6 +45,8 @@ class Voice:
     module: nn.Module
     tokenizer: Tokenizer
     name: str
+    weights: Checkpoint
+    """The module's, with the config and files of the checkpoint that it came from."""
 
     @torch.no_grad()
     def top(self, ids: Sequence[int], k: int) -> tuple[Tensor, Tensor]:
@@ -65,15 +69,16 @@ def voice(speaker: Speaker, name: str) -> Voice:
     else:
         model, tokenizer = speaker, None
     if isinstance(model, nn.Module):
-        return Voice(model.eval(), checked(tokenizer, name), name)
+        return Voice(model.eval(), checked(tokenizer, name), name, of_module(model))
     if not isinstance(model, str | Path | Checkpoint):
         raise UsageError(f"{name} must be (module, tokenizer), or a checkpoint or path of transformers")
     from weft.llm.hf import to_transformers, tokenizer_of
 
     source = weft.load(model)
-    return Voice(
-        to_transformers(source), checked(tokenizer or tokenizer_of(source), source.origin), source.origin
-    )
+    words = checked(tokenizer or tokenizer_of(source), source.origin)
+    module = to_transformers(source)
+    weights = InCompany(of_module(module), source.config, source.assets)
+    return Voice(module, words, source.origin, weights)
 
 
 @dataclass(frozen=True)
@@ -278,7 +283,7 @@ def fusechat(
         name: fusellm(pivot, [source], texts, how=how, weight=weight, top=top, length=length, **training)
         for name, source in sources.items()
     }
-    base = voice(pivot, "the pivot").module
+    base = voice(pivot, "the pivot").weights
     models = [t.checkpoint for t in taught.values()]
     about = base if made.space == "deltas" else None
     return FusedChat(taught, weft.merge(models, made, base=about, **dict(merging or {})))
