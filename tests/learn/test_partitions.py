@@ -56,6 +56,10 @@ def test_bad_partitions_are_told() -> None:
         place_of("w", (2,), "tensors")
     with pytest.raises(UsageError, match="1 block or more"):
         place_of("w", (2,), Blocks(0))
+    with pytest.raises(UsageError, match="must be finite"):
+        as_table(float("nan"), (3,), torch.float32)
+    with pytest.raises(UsageError, match=r"\[3, 3\] do not fill a table of \[2, 2, 3\]"):
+        as_table(torch.zeros(3, 3), (2, 2, 3), torch.float32)
     with pytest.raises(UsageError, match="2 coefficients to start from for 3 models"):
         as_table([0.1, 0.2], (3,), torch.float32)
     rows = [place_of("a", (2, 3), "row"), place_of("a", (4, 3), "row")]
@@ -108,5 +112,7 @@ def test_bad_constraints_are_told() -> None:
         Box(1.0, 1.0)
     with pytest.raises(UsageError, match="start outside"):
         Box().start("w", torch.tensor([1.5]))
+    with pytest.raises(UsageError, match="temperature must be above 0"):
+        Simplex(0.0)
     with pytest.raises(UsageError, match="above 0"):
         Simplex().start("w", torch.tensor([0.0, 1.0]))

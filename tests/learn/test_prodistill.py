@@ -122,5 +122,7 @@ def test_stages_that_cannot_be_learned_one_by_one_are_refused() -> None:
             prodistill(Odd(), base, [base], data, tasks=["a"], stages=stages, steps=1)
     with pytest.raises(UsageError, match="share a coefficient but not a stage"):
         prodistill(Odd(), base, [base], data, tasks=["a"], stages=["block"], parts="model", steps=1)
+    with pytest.raises(UsageError, match="no submodules with parameters"):
+        prodistill(base.twice, base.twice, [base.twice], data, tasks=["a"])
     with pytest.raises(Problems, match="no data of b"):
         prodistill(Odd(), base, [base, base], data, tasks=["a", "b"], stages=["block"])

@@ -73,6 +73,10 @@ class Simplex(Free):
 
     temperature: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise UsageError(f"the temperature must be above 0, not {self.temperature}")
+
     def start(self, key: str, coefficients: Tensor) -> Tensor:
         if bool((coefficients <= 0).any()):
             raise UsageError("coefficients on the simplex must start above 0: a softmax reaches 0 never")

@@ -88,6 +88,8 @@ def prodistill(
     way = merged.way
     assert isinstance(way, Weighed)
     units = _stages(merged.inner, way.names) if stages is None else list(stages)
+    if not units:
+        raise UsageError(f"{type(module).__name__} has no submodules with parameters to merge: name stages=…")
     known = dict(merged.inner.named_modules())
     lost = [n for n in units if n not in known or not n]
     if lost:

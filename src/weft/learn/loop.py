@@ -153,7 +153,11 @@ def descend(merged: Mergeable, loss: Loss, batches: Mapping[str | None, Batch], 
     leaves = {n: w.detach().requires_grad_() for n, w in weights.items()}
     total, depends = 0.0, False
     for task, batch in batches.items():
-        value = loss(Shot(merged, leaves, batch, task)) / len(batches)
+        value = loss(Shot(merged, leaves, batch, task))
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            given = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise UsageError(f"a loss gives one number as a tensor, not {given}")
+        value = value / len(batches)
         told = float(value.detach())
         if not math.isfinite(told):
             place = f" for task {task!r}" if task is not None else ""

@@ -78,6 +78,8 @@ class Shot:
 
 
 Loss = Callable[[Shot], Tensor]
+IGNORED = -100
+"""The label that counts for nothing, in torch and transformers."""
 
 
 def entropy(shot: Shot) -> Tensor:
@@ -90,15 +92,24 @@ def supervised(name: str) -> Loss:
     """A loss on the labels by name: cross_entropy, causal_lm, squared … DataError for a class that has no logit."""
 
     def loss(shot: Shot) -> Tensor:
-        outputs, labels = shot.outputs, shot.labels
-        if name != "squared" and bool((labels >= outputs.shape[-1]).any()):
-            place = "" if shot.task is None else f" of task {shot.task!r}"
-            raise DataError(
-                f"the labels{place} go up to {int(labels.max())}, but the model has {outputs.shape[-1]} outputs"
-            )
-        return LABELLED[name](outputs, labels)
+        if name != "squared":
+            _check_classes(shot)
+        return LABELLED[name](shot.outputs, shot.labels)
 
     return loss
+
+
+def _check_classes(shot: Shot) -> None:
+    labels, classes = shot.labels, shot.outputs.shape[-1]
+    place = "" if shot.task is None else f" of task {shot.task!r}"
+    if labels.is_floating_point():
+        raise DataError(f"the labels{place} are {labels.dtype}, not numbers of classes")
+    wrong = (labels >= classes) | ((labels < 0) & (labels != IGNORED))
+    if bool(wrong.any()):
+        raise DataError(
+            f"the labels{place} go from {int(labels.min())} to {int(labels.max())}, but the model has {classes} "
+            "outputs"
+        )
 
 
 def distill(temperature: float = 1.0) -> Loss:

@@ -119,8 +119,15 @@ def table_shapes(places: list[Place], k: int) -> dict[str, tuple[int, ...]]:
 def as_table(value: float | Tensor | list[float], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A start: one number, or one a model, as a table [k, *shape]."""
     given = torch.as_tensor(value, dtype=dtype)
+    if not bool(given.isfinite().all()):
+        raise UsageError("the coefficients to start from must be finite numbers")
     if given.ndim == 1 and len(given) != shape[0]:
         raise UsageError(f"there are {len(given)} coefficients to start from for {shape[0]} models")
     if given.ndim == 1:
         given = given.reshape(-1, *[1] * (len(shape) - 1))
-    return given.expand(shape).clone()
+    try:
+        return given.expand(shape).clone()
+    except RuntimeError:
+        raise UsageError(
+            f"coefficients to start from of shape {list(given.shape)} do not fill a table of {list(shape)}"
+        ) from None
