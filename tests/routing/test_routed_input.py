@@ -38,6 +38,13 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "data unknown": ({"gate": "prototype", "data": {**DATA, "other": DATA["task0"]}}, "other"),
     "data empty": ({"gate": "prototype", "data": {**DATA, "task1": torch.zeros(0, 6)}}, "task1: .*no examples"),
     "statistics": ({"residual": "essential:4"}, "Gram matrices"),
+    "statistics of none": ({"residual": "essential:4", "statistics": [BASE] * 3}, "holds no Gram matrix"),
+    "statistics too few": ({"residual": "essential:4", "statistics": [BASE]}, "1 statistics are given for 3"),
+    "samples": ({"gate": "prototype", "data": DATA, "samples": 0}, "samples must be at least 1"),
+    "nowhere": ({"where": []}, "where names no part"),
+    "rest of text": ({"rest": "a"}, "rest must be a number"),
+    "method": ({"shared": "tsvv"}, "did you mean 'tsv'"),
+    "parameter": ({"shared": {"method": "tsv", "shar": 1}}, "did you mean 'share'"),
     "rest": ({"rest": [0.1, 0.2]}, "3 of them"),
     "rests on": ({"rests_on": "sand"}, "shared or base"),
     "combine": ({"combine": "tsvv"}, "there is no method"),
@@ -73,6 +80,13 @@ def test_experts_that_are_the_base_have_nothing_to_choose() -> None:
         weft.route(BASE, BASE, [BASE, BASE], shared="base")
 
 
+def test_what_is_no_module_is_told() -> None:
+    with pytest.raises(UsageError, match="must be the torch module"):
+        weft.route("path/to/base", BASE, EXPERTS)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="at least one expert"):
+        weft.route(BASE, BASE, {})
+
+
 def test_a_missing_base_is_missed() -> None:
     with pytest.raises(UsageError, match="base"):
         weft.route(BASE, None, EXPERTS, shared="base")
@@ -103,6 +117,7 @@ def test_a_call_that_lacks_what_its_gate_needs_says_so() -> None:
         (lambda: oracle(x, task="taks1"), "did you mean 'task1'"),
         (lambda: oracle(x, task=["task0", "task1"]), "2 tasks are named for 7 examples"),
         (lambda: oracle(x, task=torch.tensor([5])), "numbers 0 to 2"),
+        (lambda: oracle(x, task=3), "there is no task 3"),
         (lambda: oracle(x, weights=[1.0, 2.0]), "one number a task"),
         (lambda: oracle(x, weights=[1.0, 2.0, torch.nan]), "NaN"),
         (lambda: oracle(x[:0], task="task0"), "no examples"),

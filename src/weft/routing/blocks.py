@@ -47,6 +47,8 @@ def blocks_of(module: nn.Module, where: Where) -> list[Block]:
     modules = dict(module.named_modules())
     patterns = [where] if isinstance(where, str) else list(where)
     names: list[str] = []
+    if not patterns:
+        raise UsageError("where names no part that could be routed")
     for pattern in patterns:
         found = _meant(pattern, modules)
         if not found:

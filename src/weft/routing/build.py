@@ -63,6 +63,8 @@ def route(
     `experts` by task, or a list with their names in `tasks`. The module is copied; it runs in evaluation mode.
     Raises UsageError for what cannot be meant, DataProblems where models do not fit the module (all at once).
     """
+    if not isinstance(module, nn.Module):
+        raise UsageError(f"module must be the torch module to run, not a {type(module).__name__}")
     models, names = _named(experts, tasks)
     if not models:
         raise UsageError("there is nothing to route: give at least one expert")
@@ -122,7 +124,10 @@ def _named(
 
 
 def _rest(rest: float | Sequence[float], count: int) -> Tensor:
-    row = torch.as_tensor(rest, dtype=torch.float32)
+    try:
+        row = torch.as_tensor(rest, dtype=torch.float32)
+    except (TypeError, ValueError):
+        raise UsageError(f"rest must be a number, or {count} of them, not {rest!r}") from None
     row = row.expand(count).clone() if row.dim() == 0 else row
     if row.shape != (count,) or not bool(row.isfinite().all()):
         raise UsageError(f"rest must be one finite number, or {count} of them")
@@ -185,6 +190,12 @@ def _filled(
     routed = [n for b in blocks for n in b.parameters]
     running = [n for b in blocks for n in b.buffers]
     measured = None if statistics is None else [weft.load(s) for s in statistics]
+    if measured and keeping.kind == "essential":
+        without = [m.origin for m in measured if not any(gram_of(m, n) is not None for n in routed)]
+        if without:
+            raise UsageError(
+                f"{without[0]} holds no Gram matrix of a routed weight: make some with weft.measure(…, 'gram')"
+            )
     targets = dict(net.named_parameters()) | dict(net.named_buffers())
     tau: dict[str, list[Tensor]] = {}
     made: dict[str, Residual] = {}

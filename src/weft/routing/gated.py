@@ -97,7 +97,7 @@ class Gated(nn.Module):
     def _weigh(self, x: Tensor | None, now: Now) -> Tensor:
         gating, gate = self.gating, self.gate
         if gate is None:
-            raise UsageError("this gate has not been made: give data= to weft.route, or set its weights")
+            raise UsageError("this gate has not been made: weft.routing.fit_router(…) or train(…) makes it")
         if gating.kind == "preference":
             if now.preference is None:
                 raise UsageError(

@@ -42,6 +42,8 @@ def _by_task(routed: Routed, data: Any, batch: int, seed: int) -> dict[str, Feed
 
 def _features(routed: Routed, data: Any, samples: int | None, seed: int) -> dict[str, list[Tensor]]:
     """Gate → T of features [n, d] at the resting weights, of up to `samples` inputs a task."""
+    if samples is not None and samples < 1:
+        raise UsageError(f"samples must be at least 1, not {samples}")
     found: dict[str, list[Tensor]] = {}
     routed.eval()
     for feed in _by_task(routed, data, 256, seed).values():

@@ -194,7 +194,7 @@ class Routed(nn.Module):
         found = self.gate(key)
         if found is None:
             raise UsageError(
-                f"the {self.gating.kind} gate has not been made: give data= to weft.route, or train it"
+                f"the {self.gating.kind} gate has not been made: weft.routing.fit_router(…) or train(…) makes it"
             )
         return found
 

@@ -13,19 +13,20 @@ from weft.errors import UsageError, did_you_mean
 from weft.statistics.batches import MASKS
 
 
-def task_rows(tasks: Sequence[str], task: str | Sequence[str] | Tensor, size: int) -> Tensor:
+def task_rows(tasks: Sequence[str], task: int | str | Sequence[int | str] | Tensor, size: int) -> Tensor:
     """One-hot rows of a task, or of one an example (names or numbers). UsageError naming one that is unknown."""
     if isinstance(task, Tensor):
         index = task.detach().cpu().long().reshape(-1)
         if bool(((index < 0) | (index >= len(tasks))).any()):
             raise UsageError(f"tasks are numbers 0 to {len(tasks) - 1}")
     else:
-        names = [task] if isinstance(task, str) else list(task)
+        given = [task] if isinstance(task, int | str) else list(task)
+        names = [tasks[n] if isinstance(n, int) and 0 <= n < len(tasks) else n for n in given]
         unknown = [n for n in names if n not in tasks]
         if unknown:
             hint = did_you_mean(str(unknown[0]), tasks)
             raise UsageError(f"there is no task {unknown[0]!r}{hint}; known: {', '.join(tasks)}")
-        index = torch.tensor([list(tasks).index(n) for n in names], dtype=torch.int64)
+        index = torch.tensor([list(tasks).index(str(n)) for n in names], dtype=torch.int64)
     if len(index) not in (1, size):
         raise UsageError(f"{len(index)} tasks are named for {size} examples: give one, or one an example")
     return nn.functional.one_hot(index, len(tasks)).float().expand(size, -1)
