@@ -93,7 +93,7 @@ def opened(
         example = made[0].example if made else _example(data, example_inputs, run)
         found = spec if spec is not None else discover(run, _inputs(example))
         source = load(model)
-        if isinstance(source, Checkpoint) and source.origin == type(run).__name__:
+        if isinstance(model, nn.Module):  # modules of one class must be told apart in messages
             source.origin = f"model {i} ({source.origin})"
         found.check(source)
         made.append(Net(run, source, found, example, forward))

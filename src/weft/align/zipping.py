@@ -198,22 +198,46 @@ def zipped(similarity: Tensor, owner: Tensor, n: int, repeat: float = 0.3, budge
     of = torch.nn.functional.one_hot(owner, k).bool()  # [unit, model]: the models that it has members of
     left = torch.full((k,), budget * (total - n) / k if k > 1 else float(total))
     alive = torch.ones(total, dtype=torch.bool)
+    allowed = _allowed(s, of, left)
+    best, at = allowed.max(1)  # of each row, so that the largest of all need not be looked for anew each time
     while int(alive.sum()) > n:
-        allowed = s
-        spent = of[:, left < 1].any(1) & (of.sum(1) == 1)
-        if k > 1 and bool(spent.any()):  # no pairs within models that have used up their share
-            same = (of.double() @ of.double().T > 0) & spent & spent[:, None]
-            allowed = s.masked_fill(same, -torch.inf)
-            allowed = s if float(allowed.max()) == -torch.inf else allowed
-        i, j = sorted(divmod(int(allowed.argmax()), total))
-        if int((of[i] | of[j]).sum()) == 1:
-            left[of[i]] -= 1
+        i = int(best.argmax())
+        if float(best[i]) == -torch.inf:  # only units of models that have used up their share are left
+            left.fill_(total)
+            allowed = s.clone()
+            best, at = allowed.max(1)
+            continue
+        i, j = sorted((i, int(at[i])))
+        mine = of[i] | of[j]
+        within, full = int(mine.sum()) == 1, bool((left[mine] < 1).any())
+        if within:
+            left[mine] -= 1
         members[i] += members[j]
-        of[i] |= of[j]
+        of[i] = mine
+        alive[j] = False
         row = torch.minimum(s[i], s[j])
         row = torch.where(row > 0, row * repeat, row) if members[i].sum() >= k else row
-        s[i], s[:, i] = row, row
-        s[j], s[:, j] = -torch.inf, -torch.inf
-        s[i, i] = -torch.inf
-        alive[j] = False
+        for m in (s, allowed):
+            m[i], m[:, i] = row, row
+            m[j], m[:, j] = -torch.inf, -torch.inf
+            m[i, i] = -torch.inf
+        stale = (at == i) | (at == j)
+        if within and not full and bool((left[mine] < 1).any()):  # that was the last merge within this model
+            allowed = _allowed(s, of, left)
+            stale[:] = True
+        elif within and full:
+            allowed[i] = allowed[:, i] = _allowed(s, of, left)[i]
+        stale[[i, j]] = True
+        best[stale], at[stale] = allowed[stale].max(1)
+        better = allowed[:, i] > best
+        best[better], at[better] = allowed[better, i], i
     return members[alive]
+
+
+def _allowed(s: Tensor, of: Tensor, left: Tensor) -> Tensor:
+    """Similarities without the pairs within a model that has used up its share of merges."""
+    spent = of[:, left < 1].any(1) & (of.sum(1) == 1)
+    if of.shape[1] == 1 or not bool(spent.any()):
+        return s.clone()
+    same = (of.double() @ of.double().T > 0) & spent & spent[:, None]
+    return s.masked_fill(same, -torch.inf)
