@@ -101,6 +101,7 @@ def test_mistakes_are_told(place: Path, capsys: pytest.CaptureFixture[str]) -> N
         ((b, place / "out", "--to", a, *module, "--how", "weight"), "did you mean 'weights'"),
         ((b, place / "out", "--to", a, *module, "--how", "ste"), "goes by the loss: give module= and data="),
         ((b, place / "out", "--to", a, *module, "--how", "cca"), "compares what units do: give data="),
+        ((b, place / "out", "--to", a, *module, "--data", "align_code:data"), "goes by the weights alone"),
         ((b, place / "out", "--to", a, *module, "--set", "tries"), "--set is KEY=VALUE"),
         (
             (b, place / "out", "--to", a, *module, "--set", "tris=3"),

@@ -63,9 +63,13 @@ def align(
     module = module if module is not None else next((m for m in (to, b) if isinstance(m, nn.Module)), None)
     if spec is None:
         spec = spec_of(target, example_inputs) if module is None else discover(module, example_inputs)
-    if "net" in signature(matcher).parameters and "net" not in options:
-        options |= _net(how, module, data)
     known = signature(matcher).parameters
+    if "net" in known and "net" not in options:
+        options |= _net(how, module, data)
+    elif data is not None and "data" in known:
+        options["data"] = data
+    elif data is not None:
+        raise UsageError(f"how={how!r} goes by the weights alone: leave data= away, or choose another way")
     wrong = [
         o for o in options if o not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values())
     ]

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from weft.align.spec import PermutationSpec
 
 app = typer.Typer()
 FUNCTION = "PKG:FN"
@@ -23,7 +20,9 @@ def align(
     to: Annotated[str | None, typer.Option(metavar="A", help="The model whose order it takes.")] = None,
     how: Annotated[
         str,
-        typer.Option(help="weights, ste, sinkhorn, annealing, activations, correlation, cca or ot."),
+        typer.Option(
+            help="weights, ste, sinkhorn, annealing, activations, correlation, mudsc, cca, ot or transformers."
+        ),
     ] = "weights",
     module: Annotated[
         str | None,
@@ -57,24 +56,26 @@ def align(
     from weft.align import PermutationSpec, agreement, discover, spec_of
     from weft.align.apply import Permuted
     from weft.align.stored import as_specified
+    from weft.align.verb import MATCHERS
     from weft.align.verb import align as run
-    from weft.cli.output import one_line, print_json
+    from weft.cli.output import one_line, print_json, safe
     from weft.engine.staging import refuse_existing
     from weft.errors import UsageError
     from weft.search.objective import imported
 
     made, examples, given = (None if f is None else imported(f)() for f in (module, inputs, data))
+    found: PermutationSpec | None = None
     if spec is not None:
         found = PermutationSpec.load(spec)
-    else:
+    elif how in MATCHERS or print_spec or save_spec is not None:
         found = spec_of(to or b, examples) if made is None else discover(made, examples)
-    if save_spec is not None:
+    if found is not None and save_spec is not None:
         found.save(save_spec)
-    if print_spec:
+    if found is not None and print_spec:
         if json:
             print_json(found.to_json())
         else:
-            _print(found)
+            print(safe(str(found)))
         return
     if to is None or out is None:
         if save_spec is not None:
@@ -84,14 +85,15 @@ def align(
     options = _options(set_ or [])
     if how == "weights" and memory is not None:
         options["memory"] = memory
-    aligned = run(b, to=to, how=how, module=made, spec=found, data=given, **options)
+    known = found if how in MATCHERS or spec is not None else None  # networks of two widths have two
+    aligned = run(b, to=to, how=how, module=made, spec=known, data=given, **options)
     told: dict[str, Any] = {"out": str(out), "how": how}
     if isinstance(aligned, Permuted):
-        eye = found.identity()
-        told["moved"] = sum(int((p != eye[n]).sum()) for n, p in aligned.permutations.items())
-        told["units"] = found.degrees
-        pair = [as_specified(weft.load(m), found) for m in (to, b)]
-        told["agreement"] = [agreement(found, *pair, p, memory=memory) for p in (None, aligned.permutations)]
+        order, eye = aligned.permutations, aligned.spec.identity()
+        told["moved"] = sum(int((p != eye[n]).sum()) for n, p in order.items())
+        told["units"] = aligned.spec.degrees
+        pair = [as_specified(weft.load(m), aligned.spec) for m in (to, b)]
+        told["agreement"] = [agreement(aligned.spec, *pair, p, memory=memory) for p in (None, order)]
     settings = {} if memory is None else {"memory": memory}
     weft.save(aligned, out, overwrite=overwrite, **settings)
     if json:
@@ -103,12 +105,6 @@ def align(
             line += (f"; {told['moved']} of {told['units']} units moved, cosine of the weights {before:.4f} → "
                      f"{after:.4f}")  # fmt: skip
         print(line)
-
-
-def _print(spec: PermutationSpec) -> None:
-    from weft.cli.output import safe
-
-    print(safe(str(spec)))
 
 
 def _options(given: list[str]) -> dict[str, Any]:
