@@ -44,10 +44,10 @@ def shapes(blocks: int, width: int = 768) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def make(folder: Path, blocks: int, experts: int, rank: int) -> None:
+def make(folder: Path, blocks: int, experts: int, rank: int, width: int) -> None:
     """A base and its experts; rank 0 for task vectors of full rank."""
     g = torch.Generator().manual_seed(0)
-    base = {n: 0.02 * torch.randn(s, generator=g) for n, s in shapes(blocks).items()}
+    base = {n: 0.02 * torch.randn(s, generator=g) for n, s in shapes(blocks, width).items()}
     save_file(base, folder / "base.safetensors")
     for i in range(experts):
         tuned = {}
@@ -61,7 +61,7 @@ def make(folder: Path, blocks: int, experts: int, rank: int) -> None:
         save_file(tuned, folder / f"expert{i}.safetensors")
 
 
-def make_grams(folder: Path, blocks: int, experts: int) -> None:
+def make_grams(folder: Path, blocks: int, experts: int, width: int) -> None:
     """Statistics of inputs: Gram matrices of full rank, some features of which are larger than others."""
     import weft
     from weft.checkpoints.memory import StateDict
@@ -72,7 +72,7 @@ def make_grams(folder: Path, blocks: int, experts: int) -> None:
     told = {ABOUT: {"samples": 256, "transposed": [], "tied": {}}}
     for i in range(experts):
         values = {}
-        for name, shape in shapes(blocks).items():
+        for name, shape in shapes(blocks, width).items():
             if len(shape) == 2:
                 x = torch.randn(2 * shape[1], shape[1], generator=g) * torch.linspace(0.5, 2, shape[1])
                 values[f"gram/{name}"] = x.T @ x / len(x)
@@ -201,9 +201,9 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp)
-        make(folder, args.blocks, args.experts, args.rank)
+        make(folder, args.blocks, args.experts, args.rank, args.width)
         if args.half == "gram":
-            make_grams(folder, args.blocks, args.experts)
+            make_grams(folder, args.blocks, args.experts, args.width)
         for method in args.only or (GRAM if args.half == "gram" else SPECTRAL):
             outs = {}
             for route in ("plain", "weft"):
@@ -239,6 +239,7 @@ def main() -> None:
     parser.add_argument("half", choices=["spectral", "gram"])
     parser.add_argument("--only", nargs="+", choices=[*SPECTRAL, *GRAM], metavar="METHOD")
     parser.add_argument("--blocks", type=int, default=12)
+    parser.add_argument("--width", type=int, default=768, help="768 is that of ViT-B, 192 of ViT-Ti")
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16, help="of the task vectors; 0 for full")
     parser.add_argument("--threads", type=int, default=2)
@@ -251,8 +252,8 @@ def main() -> None:
         one(args.one, args.method, Path(args.folder), args.experts, args.rank, Path(args.out), args.threads)
         return
     print(
-        f"{args.experts} experts, {args.blocks} blocks, rank {args.rank or 'full'}, {args.threads} threads, "
-        f"torch {torch.__version__}"
+        f"{args.experts} experts, {args.blocks} blocks of width {args.width}, rank {args.rank or 'full'}, "
+        f"{args.threads} threads, torch {torch.__version__}"
     )
     rows = compare(args)
     if args.json:
