@@ -114,6 +114,24 @@ class Recurrent(nn.Module):
         return self.leave(h)  # type: ignore[no-any-return]
 
 
+class Shuffled(nn.Module):
+    """Channels that become positions and the reverse, a normed weight, gates in one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 8, 1)
+        self.gates, self.leave = nn.GRUCell(8, 5), nn.utils.parametrizations.weight_norm(nn.Linear(5, 6))
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pixel_unshuffle(F.relu(F.pixel_shuffle(self.a(x), 2)), 2)
+        x = F.relu(self.b(x)).mean((2, 3))
+        h = torch.zeros(len(x), 5, dtype=x.dtype)
+        for _ in range(2):
+            h = self.gates(x, h)
+        return self.head(torch.tanh(self.leave(h)))  # type: ignore[no-any-return]
+
+
 def mlp(widths: tuple[int, ...] = (6, 8, 8, 3), seed: int | None = None) -> nn.Sequential:
     if seed is not None:
         torch.manual_seed(seed)
@@ -163,6 +181,7 @@ KINDS: dict[str, Kind] = {
     "joined": Kind(Joined, IMAGE, 4 + 6 + 5),
     "encoder": Kind(Encoder, torch.arange(8).reshape(2, 4), 12 + 2 * (3 + 12 + 12 + 20)),
     "tied": Kind(Tied, torch.linspace(-1, 1, 10, dtype=torch.float64).reshape(2, 5), 7),
+    "shuffled": Kind(Shuffled, IMAGE, 4 + 8 + 5 + 6),
     "recurrent": Kind(Recurrent, torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(2, 4), 6),
 }
 

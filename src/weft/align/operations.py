@@ -176,6 +176,28 @@ def pooling(trace: Trace, call: Call) -> list[list[Dim]]:
     ]
 
 
+def weight_norm(trace: Trace, call: Call) -> list[Row]:
+    """w = g v / ‖v‖, a norm for each unit of the axis along which g is longer than 1."""
+    v, g = trace.row(call["v"]), trace.row(call["g"])
+    trace.tie(v, g)
+    return [v, g]
+
+
+def pixel_shuffle(trace: Trace, call: Call) -> list[list[Dim]]:
+    """Channels [c · r²] become c channels of r × r as many positions, or the reverse."""
+    row, made = trace.row(call["self"]), call.results[0].shape
+    positions = [trace.fixed(s, "positions that are shuffled") for s in made[-2:]]
+    trace.fix(row[-2:], "positions that are shuffled")
+    channels, new = row[-3].size, made[-3]
+    if channels >= new:
+        outer, inner = trace.dims.split(row[-3], [new, channels // new])
+        trace.fix([inner], "positions that are shuffled")
+    else:
+        inner = trace.fixed(new // channels, "positions that are shuffled")
+        outer = trace.dims.product([row[-3], inner])
+    return [[*row[:-3], outer, *positions]]
+
+
 RULES: dict[str, Rule] = {
     **SHAPING,
     **dict.fromkeys(_named("mm bmm mv dot addmm baddbmm addmv"), product),
@@ -194,6 +216,8 @@ RULES: dict[str, Rule] = {
         batch_norm,
     ),
     "native_group_norm": group_norm,
+    "_weight_norm_interface": weight_norm,
+    **dict.fromkeys(_named("pixel_shuffle pixel_unshuffle"), pixel_shuffle),
 }
 
 

@@ -277,7 +277,8 @@ LOOKING: dict[str, Rule] = {
     **_each("view _unsafe_view reshape _reshape_alias squeeze unsqueeze unflatten", view),
     **_each("alias detach lift_fresh lift_fresh_copy clone contiguous _conj", same),
     **_each("permute", permute), **_each("t transpose", transpose), **_each("expand", expand),
-    **_each("slice", slice_), **_each("select", select), **_each("split split_with_sizes chunk unbind", split),
+    **_each("slice", slice_), **_each("select", select),
+    **_each("split split_with_sizes chunk unbind unsafe_split unsafe_split_with_sizes unsafe_chunk", split),
 }  # fmt: skip
 """Only looking at the same values in another shape."""
 
