@@ -150,6 +150,22 @@ def test_fedma_freezes_what_is_matched_and_takes_whatever_width_comes() -> None:
         fedma(nets, cheat, example_inputs=images()[0][0])
 
 
+def test_depthwise_and_transposed_convolutions_grow() -> None:
+    def network(seed: int) -> nn.Module:
+        return noisy(nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, groups=4), nn.ReLU(), nn.ConvTranspose2d(4, 5, 2), nn.ReLU(),
+            nn.Flatten(), nn.Linear(125, 3),
+        ), seed)  # fmt: skip
+
+    a, b, x = network(0), network(1), images()[0][0]
+    made = pfnm([a, b], example_inputs=x, gamma=1e12).merged()
+    grown = widened(a, made)
+    assert made.info("1.weight").shape == (8, 1, 3, 3) and grown[1].groups == 8
+    assert (grown[3].in_channels, grown[3].out_channels) == (8, 10)
+    with torch.no_grad():
+        assert torch.allclose(grown(x), (a(x) + b(x)) / 2, atol=1e-3)
+
+
 def test_units_within_others_do_not_grow() -> None:
     with pytest.raises(
         Problems, match=r"(?s)cannot be added one by one.*graph_matching.*layer.3: within layer.0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from copy import deepcopy
 from itertools import permutations
@@ -22,7 +23,7 @@ from weft.align.plans import assigned, entropic, exact
 from weft.align.spec import PermutationSpec
 from weft.align.terms import parsed
 from weft.align.transport import ot_fusion
-from weft.errors import DataError, DataProblems, Problems, UsageError
+from weft.errors import DataError, DataProblems, MissingExtra, Problems, UsageError
 
 F64 = torch.float64
 
@@ -311,6 +312,14 @@ def test_assignments_of_stacks_and_of_nonsense() -> None:
     score[0, 0, 0] = torch.nan
     with pytest.raises(DataError, match="NaN"):
         assigned(score)
+
+
+def test_without_scipy_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("scipy", "scipy.optimize", "scipy.sparse"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for cost in (rand(3, 3), rand(3, 4)):
+        with pytest.raises(MissingExtra, match=r"install weft\[align\]"):
+            exact(cost)
 
 
 # -- bad input -----------------------------------------------------------------------------------

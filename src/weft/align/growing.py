@@ -101,26 +101,29 @@ def widened(module: nn.Module, model: Model) -> nn.Module:
             with torch.no_grad():
                 before.copy_(values)
             continue
-        _resize(owner, before.shape, values.shape)
+        if last == "weight":
+            _resize(owner, tuple(values.shape))
         parameter = isinstance(before, nn.Parameter)
         setattr(owner, last, nn.Parameter(values, before.requires_grad) if parameter else values)
     return made
 
 
-def _resize(owner: nn.Module, before: torch.Size, after: torch.Size) -> None:
-    """What a layer says of its own widths."""
-    widths = {
-        nn.Linear: ("out_features", "in_features"),
-        nn.modules.conv._ConvNd: ("out_channels", "in_channels"),
-        nn.modules.batchnorm._NormBase: ("num_features",),
-        nn.Embedding: ("num_embeddings", "embedding_dim"),
-    }
-    for kind, names in widths.items():
-        if isinstance(owner, kind):
-            for name, size in zip(names, after, strict=False):
-                setattr(owner, name, size)
-    if isinstance(owner, nn.LayerNorm | nn.RMSNorm):
-        owner.normalized_shape = tuple(after)
+def _resize(owner: nn.Module, shape: tuple[int, ...]) -> None:
+    """What a layer says of its own widths, from its weight's shape."""
+    if isinstance(owner, nn.modules.conv._ConvNd):
+        if owner.groups > 1 and owner.groups == owner.in_channels:  # a filter a channel
+            owner.groups = owner.groups * shape[0] // owner.weight.shape[0]
+        first, second = shape[0], shape[1] * owner.groups
+        turned = isinstance(owner, nn.modules.conv._ConvTransposeNd)
+        owner.in_channels, owner.out_channels = (first, second) if turned else (second, first)
+    elif isinstance(owner, nn.Linear):
+        owner.out_features, owner.in_features = shape
+    elif isinstance(owner, nn.Embedding):
+        owner.num_embeddings, owner.embedding_dim = shape
+    elif isinstance(owner, nn.modules.batchnorm._NormBase):
+        owner.num_features = shape[0]
+    elif isinstance(owner, nn.LayerNorm | nn.RMSNorm):
+        owner.normalized_shape = shape
 
 
 def _clients(
