@@ -1,4 +1,4 @@
-"""Make docs/methods.md and docs/systems.md from registry and catalogue: `python docs/generate.py`."""
+"""Make methods.md, systems.md, bench-results.md of registry, catalogue, results: `python docs/generate.py`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from weft.bench.page import cost, curve
+from weft.bench.results import Results, read
+from weft.bench.table import HEADINGS, TITLES, cells, grouped, notes
 from weft.methods.params import Parameter
 from weft.methods.registry import METHODS, Method
 from weft.methods.step import STEPS, Step
@@ -122,9 +125,49 @@ def systems_page() -> str:
     return "\n".join(out) + "\n"
 
 
+def results_page(folder: Path) -> str:
+    """The tables and drawings of every results file of `weft bench` in the folder."""
+    out = [
+        "# Results of the benchmark", "",
+        "Made from `docs/bench/*.json`, which hold the figures of runs of [`weft bench`](bench.md): how "
+        "to read the tables is said there.", "",
+    ]  # fmt: skip
+    style = (Path(__file__).parents[1] / "src/weft/bench/page.css").read_text(encoding="utf-8")
+    variables = ":root { --ink: currentColor; --muted: #777; --line: #8884; }"
+    out += [f"<style>{variables}\n{style}</style>".replace("\n\n", "\n"), ""]
+    for path in sorted(folder.glob("*.json")):
+        out += _results(read(path))
+    return "\n".join(out) + "\n"
+
+
+def _results(results: Results) -> list[str]:
+    facts = [
+        f"`{results.command}`",
+        results.machine,
+        results.date,
+        f"seeds {', '.join(map(str, results.seeds))}",
+    ]
+    out = [f"## {results.suite}", "", cell(results.about), "", "; ".join(f for f in facts if f) + ".", ""]
+    for size in reversed(results.sizes):
+        if len(results.sizes) > 1:
+            out += [f"### {results.suite}: {size} tasks", ""]
+        for name, rows in grouped(results, size).items():
+            out += [f"*{TITLES[name]}*", "", f"| {' | '.join(HEADINGS)} |", "|" + "---|" * len(HEADINGS)]
+            ordered = rows if name == "reference" else list(reversed(rows))
+            out += [f"| {' | '.join(cell(c) for c in cells(results, r))} |" for r in ordered]
+            out.append("")
+    drawn = [re.sub(r"<h2>.*?</h2>", "", d(results)) for d in (cost, curve)]
+    out += [f"{d}\n" for d in drawn if d]
+    return [*out, *(f"- {cell(n)}" for n in notes(results)), ""]
+
+
 def write_pages(docs: Path) -> None:
-    """Write both pages; a page that would not change is left alone, so that `mkdocs serve` comes to rest."""
-    for name, text in (("methods.md", methods_page()), ("systems.md", systems_page())):
+    """Write all pages; a page that would not change is left alone, so that `mkdocs serve` comes to rest."""
+    pages = {
+        "methods.md": methods_page(), "systems.md": systems_page(),
+        "bench-results.md": results_page(Path(__file__).parent / "bench"),
+    }  # fmt: skip
+    for name, text in pages.items():
         path = docs / name
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")

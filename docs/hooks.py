@@ -8,7 +8,7 @@ from typing import Any
 
 
 def on_pre_build(config: Any) -> None:
-    """Write methods.md and systems.md beside the pages that are written by hand."""
+    """Write methods.md, systems.md and bench-results.md beside the pages that are written by hand."""
     docs = Path(config["docs_dir"])
     sys.path[:0] = [str(docs), str(docs.parent / "src")]
     try:

@@ -269,8 +269,10 @@ def test_seeds_run_apart_are_combined(results: Results) -> None:
     both = combined([results, replace(results, rows=rows, seeds=(1,))])
     assert both.seeds == (0, 1) and len(both.rows) == len(results.rows) - 1
     assert both.rows[0].interval == pytest.approx(0) and len(both.rows[0].runs) == 2
-    with pytest.raises(UsageError, match="different seeds"):
-        combined([results, results])
+    some, rest = (replace(results, rows=results.rows[s]) for s in (slice(0, 6), slice(4, None)))
+    assert [r.name for r in combined([some, rest]).rows] == [r.name for r in results.rows]
+    with pytest.raises(UsageError, match="one suite"):
+        combined([results, replace(results, seeds=(0, 1))])
 
 
 def test_networks_from_different_starts_merge_better_aligned(

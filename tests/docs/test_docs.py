@@ -20,7 +20,7 @@ from weft.recipes import check
 from weft.systems import catalogue
 
 ROOT = Path(__file__).parents[2]
-GENERATED = {"methods.md", "systems.md"}
+GENERATED = {"methods.md", "systems.md", "bench-results.md"}
 PAGES = [
     p for p in (ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")))
     if p.name not in GENERATED and p.is_file()
@@ -153,6 +153,23 @@ def test_generated_pages_name_every_method_step_and_system(tmp_path: Path) -> No
     assert all(f"\n### {name} (step)\n" in methods for name in STEPS)
     systems = (tmp_path / "systems.md").read_text(encoding="utf-8")
     assert all(f"| {s.id} | " in systems for s in catalogue())
+
+
+def test_results_of_the_benchmark_are_shown_as_they_were_measured(tmp_path: Path) -> None:
+    from weft.bench.results import read
+
+    generator().write_pages(tmp_path)
+    text = (tmp_path / "bench-results.md").read_text(encoding="utf-8")
+    files = sorted((ROOT / "docs" / "bench").glob("*.json"))
+    assert files
+    for file in files:
+        results = read(file)
+        assert f"`{results.command}`" in text and results.date in text
+        assert not re.search(r"/(home|root|tmp|work)\b", file.read_text(encoding="utf-8")), (
+            "a path of a machine"
+        )
+        for row in results.rows:
+            assert f"| {row.label} |" in text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -178,12 +178,18 @@ class Results:
 
 
 def combined(parts: Sequence[Results]) -> Results:
-    """Runs of one suite with different seeds as one: the rows that all have. UsageError where that fails."""
-    first, *others = parts
-    wrong = [p.suite for p in others if p.suite != first.suite]
-    seeds = [s for p in parts for s in p.seeds]
-    if wrong or len(set(seeds)) < len(seeds):
-        raise UsageError("results are combined over different seeds of one suite")
+    """Runs of one suite as one: of the same seeds all rows, then over different seeds the rows that all have.
+
+    UsageError for different suites, or seeds that overlap in part.
+    """
+    groups: dict[tuple[int, ...], Results] = {}
+    for p in parts:
+        seen = groups.get(p.seeds)
+        groups[p.seeds] = p if seen is None else _together(seen, p)
+    first, *others = groups.values()
+    seeds = [s for p in (first, *others) for s in p.seeds]
+    if any(p.suite != first.suite for p in parts) or len(set(seeds)) < len(seeds):
+        raise UsageError("results are combined that are of one suite, of the same seeds or of others")
     rows = []
     for row in first.rows:
         same = [next((r for r in p.rows if _same(r, row)), None) for p in others]
@@ -195,6 +201,15 @@ def combined(parts: Sequence[Results]) -> Results:
         first, rows=tuple(rows), seeds=tuple(seeds), seconds=sum(p.seconds for p in parts),
         command="; ".join(dict.fromkeys(p.command for p in parts)),
         skipped={k: v for p in parts for k, v in p.skipped.items()},
+    )  # fmt: skip
+
+
+def _together(a: Results, b: Results) -> Results:
+    """Two runs of the same seeds with different contenders."""
+    more = tuple(r for r in b.rows if not any(_same(r, known) for known in a.rows))
+    return replace(
+        a, rows=(*a.rows, *more), skipped={**a.skipped, **b.skipped}, seconds=a.seconds + b.seconds,
+        command=a.command if a.command == b.command else f"{a.command}; {b.command}",
     )  # fmt: skip
 
 

@@ -94,8 +94,10 @@ def notes(results: Results) -> list[str]:
         "Tuned: chosen on validation data; default: as published or as weft's function has it.",
     ]
     told += [str(n) for n in results.notes]
-    told += [f"Left out: {name} ({why})." for name, why in results.skipped.items()]
-    return told
+    reasons: dict[str, list[str]] = {}
+    for name, why in results.skipped.items():
+        reasons.setdefault(why, []).append(name)
+    return told + [f"Left out ({why}): {', '.join(names)}." for why, names in reasons.items()]
 
 
 def print_table(results: Results, console: Console) -> None:

@@ -26,7 +26,7 @@ CLASSES = {"gtsrb": 43, "omniglot_alphabet": 8}
 UNSEEN = {"usps": "mnist", "kannada_dig_ood": "kannada_mnist"}
 """Task without an expert → the task whose classes it shares."""
 SIZES = {"few": 600, "validation": 300, "train": 3000}
-TEST, DAMAGED = 600, 64
+TEST, DAMAGED = 400, 64
 BASE = Fit(epochs=14, lr=1e-3, smoothing=0.1)
 EXPERT = Fit(epochs=8, lr=2.5e-4, smoothing=0.1)
 JOINT = Fit(epochs=2, lr=5e-4, smoothing=0.1)
