@@ -132,8 +132,11 @@ def _method(seen: Look, data: Data) -> tuple[str, dict[str, Any], list[str], lis
         reasons.append(
             "a few dozen inputs a task give Gram matrices, and with them the merge that is best layer by layer"
         )
-        return "regmean", {}, reasons, [
-            "esm, the spectral method that needs as little", "swudi_a, which needs no data", *_routing(seen),
+        reasons.append(
+            "with 32 inputs a task and the task vectors as a prior: the best static merge of docs/bench.md"
+        )
+        return "gram", {}, reasons, [
+            "regmean, the published method; tsv or swudi_a, which need no data", *_routing(seen),
         ]  # fmt: skip
     reasons.append(
         "without data, least squares against the task vectors themselves keep each where it matters"
@@ -173,7 +176,7 @@ def _recipe(seen: Look, method: str, params: dict[str, Any]) -> str:
     from weft.methods.registry import METHODS
 
     uses_base = seen.base is not None and METHODS[method].base != "forbidden"
-    statistics = any(not n.optional for n in METHODS[method].needs)
+    statistics = _measured(method)
     models: list[Any] = [
         {"model": m, "statistics": folder} if statistics else {"model": m}
         for m, folder in zip(seen.models, _folders(seen), strict=True)
@@ -187,18 +190,22 @@ def _recipe(seen: Look, method: str, params: dict[str, Any]) -> str:
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 
+def _measured(method: str) -> bool:
+    """Whether the recipe names statistics of every model."""
+    return method in ("regmean", "gram")
+
+
 def _folders(seen: Look) -> list[str]:
     return [f"statistics-{i}" for i in range(1, seen.count + 1)]
 
 
 def _commands(seen: Look, method: str, params: dict[str, Any], data: Data) -> list[str]:
-    from weft.methods.registry import METHODS
 
     if method == "align":
         a, *others = seen.models
         return [f"weft align {b} --to {a}" for b in others] + ["weft advise the results again"]
     made = []
-    if any(not n.optional for n in METHODS[method].needs):
+    if _measured(method):
         made += [
             f"weft measure {m} {f} --what gram --samples 64 --data PKG:INPUTS_OF_{i}"
             for i, (m, f) in enumerate(zip(seen.models, _folders(seen), strict=True), 1)
