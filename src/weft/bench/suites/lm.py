@@ -110,8 +110,9 @@ def _adapted(base: dict[str, Tensor], data: tuple[Tensor, Tensor], how: Fit, see
     module = GPT()
     module.load_state_dict(base)
     found = weft.finetune(
-        module.to(device()), data, mode="lora", lora={"rank": RANK, "targets": ["blocks.*"]}, epochs=how.epochs,
-        batch=how.batch, lr=how.lr, warmup=how.warmup, seed=seed,
+        module.to(device()), data, mode="lora", which="linear", freeze=["head.*"], lora={"rank": RANK},
+        epochs=how.epochs, batch=how.batch, lr=how.lr,
+        warmup=min(how.warmup, how.epochs * -(-len(data[1]) // how.batch)), seed=seed,
     )  # fmt: skip
     return dict(found.checkpoint.state_dict())
 

@@ -87,7 +87,7 @@ def vision8(seed: int, data: str | Path | None = None, say: Callable[[str], None
     """Eight tasks, a transformer of 0.42 M weights."""
     folder = data_folder(data)
     return made(
-        "vision8", folder, family(folder, "vit", ViT, (ViT, Block)), seed, say,
+        "vision8", folder, family(folder, "vit", ViT, (ViT, Block), TASKS), seed, say,
         about="Eight image sets at 16×16 (digits of two scripts, clothes, objects, traffic signs, land use, "
         "alphabets, digits on photographs), a vision transformer of 0.42 M weights with a convolutional stem.",
     )  # fmt: skip
@@ -98,7 +98,7 @@ def vision_n(
 ) -> list[Suite]:
     """The first 2, 3 … 8 tasks of `vision8`: the same base, the same experts."""
     whole = vision8(seed, data, say)
-    return [whole.first(n) for n in range(2, len(TASKS))] + [whole]
+    return [whole.first(n) for n in range(2, len(whole.tasks))] + [whole]
 
 
 def made(name: str, folder: Path, of: Family, seed: int, say: Callable[[str], None], about: str) -> Suite:
