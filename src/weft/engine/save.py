@@ -15,7 +15,7 @@ import torch
 
 from weft.checkpoints.base import Checkpoint
 from weft.checkpoints.execution import Execution, executing, execution, map_here
-from weft.engine.budget import TIGHT, Budget, Frugal, default_memory, parse_size
+from weft.engine.budget import TIGHT, Budget, Frugal, default_memory, keep_freed, parse_size
 from weft.engine.card import README, model_card
 from weft.engine.digest import RunningDigest
 from weft.engine.plan import Plan, make_plan
@@ -197,6 +197,8 @@ def working(plan: Plan, how: Settings) -> Iterator[WorkPool]:
     """Threads, and an execution in force that uses them."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # weft's own threads share the ranges; nested ones would only contend
+    if plan.memory >= TIGHT:
+        keep_freed()
     kernels = None
     if how.kernels and plan.device.type == "cpu" and plan.bytes_read >= _worth_compiling():
         from weft.engine.kernels import Kernels

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from weft.checkpoints.execution import execution, map_joined, own_stream, ranges
+from weft.methods.held import LENGTH
 from weft.methods.parts import stored_name
 from weft.methods.step import Bound
 
@@ -27,8 +28,7 @@ def gather(merge: Merge, j: int, bound: Bound, names: Sequence[str]) -> dict[str
     cut = [
         (n, a, b)
         for n in names
-        # what is held needs no buffers: longer ranges, and fewer summaries to join
-        for a, b in ranges(merge.info(n).numel, merge.grain(n), how.chunk * (8 if merge.holds(n) else 1))
+        for a, b in ranges(merge.info(n).numel, merge.grain(n), how.chunk * (LENGTH if merge.holds(n) else 1))
         or [(0, 0)]
     ]
     numel = sum(merge.info(n).numel for n in names)

@@ -21,6 +21,7 @@ from weft.checkpoints.dtypes import round_to
 from weft.checkpoints.execution import execution, own_stream, to_device
 from weft.errors import DataError, UsageError
 from weft.methods.gather import gather, is_finite
+from weft.methods.held import Held
 from weft.methods.layers import block_of, count_layers
 from weft.methods.measured import Measured
 from weft.methods.parts import Part, parts_of, stored_name
@@ -89,7 +90,7 @@ class Merge(Checkpoint):
         self._pipelines: dict[str, Pipeline] = {}
         self._declared: dict[str, Pipeline] = {}
         self._found: dict[tuple[str, int], Found] = {}
-        self._held: dict[str, list[Tensor | None]] = {}
+        self._held: dict[str, Held] = {}
         self._remembered: dict[str, dict[Any, Any]] = {}
         self._lock = threading.RLock()
         self.measured: Measured | None = None
@@ -207,10 +208,7 @@ class Merge(Checkpoint):
             return
         super().hold(name)
         if any(b.step.stat and b.scope == "tensor" for b in self.pipeline(name).steps):
-            readers = self.readers(name)
-            self._held[name] = execution().map(
-                lambda s: None if s is None else s.read(stored_name(s, name)), readers
-            )
+            self._held[name] = Held(self.readers(name), name, part.info.numel, self.grain(name))
 
     def holds(self, name: str) -> bool:
         """Whether `hold` keeps the tensor's inputs in memory."""
@@ -286,8 +284,8 @@ class Merge(Checkpoint):
     def values(self, name: str, start: int, stop: int) -> tuple[list[Tensor], Tensor | None]:
         """The range of every model that takes part, and of the base, as they are stored."""
         held = self._held.get(name)
-        if held is not None:
-            *models, base = (None if v is None else v[start:stop] for v in held)
+        if held is not None and stop > start:
+            *models, base = held.values(start, stop)
         else:
             *models, base = (
                 None if s is None else s.read(stored_name(s, name), start, stop) for s in self.readers(name)
