@@ -43,7 +43,8 @@ RECIPES = {
     "della": BASED + MODELS,
     "breadcrumbs": BASED + MODELS,
     "dare_ties": BASED + MODELS,
-    "karcher": BARE,
+    # ten steps in both tools: by their own tolerances they stop after different numbers of them
+    "karcher": BARE + "parameters: {max_iter: 10, tol: 1.0e-12}\n",
     "model_stock": BASED + BARE,
 }
 # the recipe as it is (weft reads it by the papers), and with MergeKit's own choices of algorithm

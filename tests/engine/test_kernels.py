@@ -112,6 +112,32 @@ def test_many_ranges_equal_one() -> None:
     assert all(torch.equal(results[0][n], results[1][n]) for n in results[0])
 
 
+@pytest.mark.parametrize("wrong", [[1, 3], [14900, 14902], [14000, 15000], [32766, 32768], [14900, 14900]])
+@pytest.mark.parametrize(("method", "params"), [c for c in CASES if c[0] in ("ties", "breadcrumbs")][:2])
+def test_a_guess_of_a_threshold_never_decides(
+    wrong: list[int], method: str, params: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too high, too low, too wide, empty: another pass puts it right."""
+    base, tuned = models(torch.bfloat16)
+
+    def build() -> dict[str, torch.Tensor]:
+        return Merge(tuned, base=base, method=METHODS[method], params=params).state_dict()
+
+    plain = build()
+    hints = []
+
+    def hint(self: Kernels, node: Merge, names: list[str], j: int) -> torch.Tensor:
+        step = node.pipeline(names[0]).steps[j]
+        q = len(step.step.stat.ranks(step.params, 3, 10)[0])  # type: ignore[union-attr]
+        hints.append(q)
+        return torch.tensor(wrong).repeat(3, q, 1)
+
+    monkeypatch.setattr(Kernels, "hint", hint)
+    with executing(Execution(chunk=TILE, kernels=Kernels())):
+        guessed = build()
+    assert hints and all(torch.equal(guessed[n], plain[n]) for n in plain)
+
+
 ADD = """\
 import numpy as np
 

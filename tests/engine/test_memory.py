@@ -42,8 +42,9 @@ def build(models):
 
 g = torch.Generator().manual_seed(0)
 tiny = [{"layers.0.w": torch.randn(40, 64, generator=g).bfloat16()} for _ in range(3)]
-for i in range(2):  # imports and compiles what the measured merge will use
-    weft.save(build(tiny), f"{folder}/warm.safetensors", threads=threads, kernels=kernels, overwrite=True)
+alike = [{"layers.0.w": torch.full((40, 64), 1.0 + i).bfloat16()} for i in range(3)]
+for models in (tiny, alike, tiny):  # imports and compiles what the measured merge will use
+    weft.save(build(models), f"{folder}/warm.safetensors", threads=threads, kernels=kernels, overwrite=True)
 merged = build([f"{folder}/m{i}" for i in range(3)])
 gc.collect()
 before = peak = anonymous()

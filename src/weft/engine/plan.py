@@ -14,7 +14,7 @@ from weft.engine.budget import show_size
 from weft.engine.writer import Layout, lay_out
 from weft.errors import DataProblems, UsageError
 
-MAX_CHUNK = 1 << 18
+MAX_CHUNK = 1 << 19
 DEVICE_CHUNK = 1 << 22
 
 

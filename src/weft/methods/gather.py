@@ -48,12 +48,15 @@ def gather(merge: Merge, j: int, bound: Bound, names: Sequence[str]) -> dict[str
             at = replace(merge.at(name), start=start)
             return stat.partial(x, memo, bound.params, at)
 
-    for _ in range(stat.rounds()):
-        if memo is not None and stat.finished(memo):
-            break
+    left = stat.rounds()
+    while left and (memo is None or not stat.finished(memo)):
         part = map_joined(how.map, summarise, cut, stat.join, stat.needs_order)
         memo = stat.combine(part, memo, bound.params, numel)
         how.surveyed(sum((b - a) * _stored_width(merge, n) for n, a, b in cut))
+        if memo is None:
+            hint = None
+        else:
+            left -= 1
     return stat.result(memo, bound.params)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -47,7 +47,10 @@ class Stat(ABC):
 
     @abstractmethod
     def combine(self, part: Any, memo: Any, params: Mapping[str, Any], numel: int) -> Any:
-        """Close a round over `numel` elements: the memo for the next round, or for `result`."""
+        """Close a round over `numel` elements: the memo for the next round, or for `result`.
+
+        None if the summaries were made by a hint that was wrong: the first round is to be done without it.
+        """
 
     def finished(self, memo: Any) -> bool:
         """True when no further round is needed, though `rounds` allows one."""
@@ -178,44 +181,62 @@ def add_up(counts: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Counted:
-    """Counts `[k, 1, 2**15]` of upper halves, and those keys that a second pass is likely to ask for.
+    """What one pass finds of magnitudes that nearly surely have an upper half in a bracket.
 
-    `rest` has, per model, the keys whose upper half lies in `bracket` `[k, 2]` (first, one past the last) and
-    whose lower half is not zero; None when they were too many to keep. Differences of 16-bit weights are
-    short numbers, with few lower halves, so that one pass is nearly always enough.
+    Differences of 16-bit weights are short numbers, with few lower halves, so that these can be kept, and one
+    pass is nearly always enough.
     """
 
     LIMIT: ClassVar[int] = 1 << 21
 
     counts: Tensor
+    """`[k, q or 1, 1 + digits]`: keys above all digits counted, then how often each upper half occurs."""
+    first: Tensor
+    """`[k, q or 1]`: the first upper half that is counted."""
     bracket: Tensor
+    """`[k, q, 2]`: the first upper half of which keys are kept, and one past the last."""
     rest: tuple[tuple[Tensor, ...], ...] | None
+    """Per model and magnitude the keys in the bracket whose lower half is not zero; None if they were many."""
 
     @staticmethod
     def join(parts: Sequence[Counted]) -> Counted:
         counts = add_up([p.counts for p in parts])
         kept = [p.rest for p in parts if p.rest is not None]
         if len(kept) < len(parts):
-            return Counted(counts, parts[0].bracket, None)
+            return replace(parts[0], counts=counts, rest=None)
         rest = tuple(_few(sum(rows, ())) for rows in zip(*kept, strict=True))
         # ranges are as long as the memory budget allows, so twice that many keys fit where a range did
         most = min(Counted.LIMIT, 2 * execution().chunk)
         few = all(sum(piece.numel() for piece in row) <= most for row in rest)
-        return Counted(counts, parts[0].bracket, rest if few else None)
+        return replace(parts[0], counts=counts, rest=rest if few else None)
+
+    def upper_digits(self, rank: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Upper halves at `rank` `[k, q]` (from the largest), and the ranks among the keys that have them.
+
+        None where one was not counted, after all.
+        """
+        above, digits = self.counts[..., :1], self.counts[..., 1:].flip(-1)  # from the largest down
+        reached = torch.cat([above, digits], -1).cumsum(-1)
+        reached = reached.expand(*rank.shape, -1).contiguous()
+        where = torch.searchsorted(reached, rank[..., None])
+        if bool(((where == 0) | (where == reached.shape[-1])).any()):
+            return None
+        before = reached.gather(-1, where - 1)[..., 0]
+        return self.first + digits.shape[-1] - where[..., 0], rank - before
 
     def lower_digits(self, prefix: Tensor, rank: Tensor) -> Tensor | None:
         """The lower halves at `rank` (from the largest) below each prefix `[k, q]`; None where not kept."""
-        first, last = self.bracket[:, :1], self.bracket[:, 1:]
+        first, last = self.bracket.unbind(-1)
         if self.rest is None or bool(((prefix < first) | (prefix >= last)).any()):
             return None
-        found = torch.zeros_like(prefix)
+        found = torch.zeros_like(prefix).reshape(-1)
         for i, pieces in enumerate(self.rest):
             row = torch.cat([torch.zeros(0, dtype=torch.int64), *(p.long() for p in pieces)])
-            for q, (p, r) in enumerate(zip(prefix[i].tolist(), rank[i].tolist(), strict=True)):
-                inside = row[(row >> Select.DIGIT) == p] & ((1 << Select.DIGIT) - 1)
-                if r <= inside.numel():  # behind them come those whose lower half is zero
-                    found[i, q] = inside.kthvalue(inside.numel() - r + 1).values
-        return found
+            p, r = int(prefix.reshape(-1)[i]), int(rank.reshape(-1)[i])
+            inside = row[(row >> Select.DIGIT) == p] & ((1 << Select.DIGIT) - 1)
+            if r <= inside.numel():  # behind them come those whose lower half is zero
+                found[i] = inside.kthvalue(inside.numel() - r + 1).values
+        return found.reshape(prefix.shape)
 
 
 def _few(pieces: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -270,28 +291,33 @@ class Select(Stat):
         return torch.stack(counts).reshape(*prefix.shape, digits)
 
     def join(self, parts: Sequence[Tensor | Counted]) -> Tensor | Counted:
-        if any(isinstance(p, Tensor) for p in parts):
-            return add_up([p if isinstance(p, Tensor) else p.counts for p in parts])
-        return Counted.join([p for p in parts if isinstance(p, Counted)])
+        counted = [p for p in parts if isinstance(p, Counted)]
+        if counted:  # a table beside them is an empty range's
+            return Counted.join(counted)
+        return add_up([p for p in parts if isinstance(p, Tensor)])
 
     def finished(self, memo: Any) -> bool:
         return bool(memo["round"] == 2)
 
     def combine(self, part: Tensor | Counted, memo: Any, params: Mapping[str, Any], numel: int) -> Any:
-        if isinstance(part, Counted):
-            memo = self._next_digit(part.counts, memo, params, numel)
-            lower = part.lower_digits(memo["prefix"], memo["rank"])
-            if lower is None:
-                return memo
-            return memo | {"round": 2, "prefix": (memo["prefix"] << self.DIGIT) | lower}
-        return self._next_digit(part, memo, params, numel)
-
-    def _next_digit(self, part: Tensor, memo: Any, params: Mapping[str, Any], numel: int) -> Any:
-        k, part = part.shape[0], part.cpu().long()
         if memo is None:
+            k = (part.counts if isinstance(part, Counted) else part).shape[0]
             wanted = torch.tensor([list(r) for r in self.ranks(params, k, numel)], dtype=torch.int64)
             memo = {"wanted": wanted, "rank": wanted.clamp(1, max(numel, 1)), "numel": numel,
                     "prefix": torch.zeros_like(wanted), "round": 0}  # fmt: skip
+        if not isinstance(part, Counted):
+            return self._next_digit(part, memo)
+        found = part.upper_digits(memo["rank"])
+        if found is None:
+            return None
+        prefix, rank = found
+        lower = part.lower_digits(prefix, rank)
+        if lower is None:
+            return memo | {"round": 1, "rank": rank, "prefix": prefix}
+        return memo | {"round": 2, "rank": rank, "prefix": (prefix << self.DIGIT) | lower}
+
+    def _next_digit(self, part: Tensor, memo: Any) -> Any:
+        part = part.cpu().long()
         above = part.flip(-1).cumsum(-1)  # from the largest digit down, [k, 1 or q, digits]
         rank = memo["rank"][..., None] if above.shape[1] > 1 else memo["rank"][:, None]
         where = torch.searchsorted(above, rank).clamp(max=part.shape[-1] - 1)

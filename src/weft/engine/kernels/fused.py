@@ -28,6 +28,8 @@ THINNING = ("thin", "thin_keep_l1")
 """Steps that primitives.thin_rows does: they sort rows, which no loop over single values can."""
 TRANSPARENT = ("weighted_sum", "scaled")
 """Steps whose result is not finite where an entry of any model isn't: even a weight of zero makes it NaN."""
+FEW_DIGITS = 5
+"""Up to so many upper halves are counted by comparing; more by a table."""
 _STORED = (torch.bfloat16, torch.float32, torch.float64)
 """Dtypes a kernel writes itself."""
 
@@ -57,25 +59,26 @@ class Kernels:
         return out if dtype is None or dtype == out.dtype else round_to(out, dtype)
 
     def hint(self, node: Merge, names: Sequence[str], j: int) -> Tensor | None:
-        """Where step j's order statistics are likely to be, from a few tiles: upper halves `[k, 2]`."""
+        """Where step j's order statistics nearly surely are, from a few tiles: upper halves `[k, q, 2]`."""
         bound = node.pipeline(names[0]).steps[j]
         stat = bound.step.stat
         if type(stat) is not Select or stat.value is not None:
             return None
+        if any(node.grain(n) > 1 or node.info(n).numel > 1 << 32 for n in names):
+            return None
         numel = sum(node.info(n).numel for n in names)
-        counts: Tensor | None = None
-        seen = 0
+        # tiles evenly spread over all tensors together
+        every = max(TILE, numel // min(max(numel // TILE // 32, 8), 512))
+        counts, seen, begin = None, 0, 0
         for name in names:
             size = node.info(name).numel
-            if node.grain(name) > 1:
-                return None
-            # a few tiles of each tensor; more of one that stands alone
-            for start in range(0, size, max(TILE, -(-size // (4 if len(names) == 1 else 1)) // TILE * TILE)):
+            for start in range(-begin % every // TILE * TILE, size, every // TILE * TILE):
                 part = self.partial(node, name, j, start, min(start + TILE, size), None, None)
                 if part is None:
                     return None
                 counts = part if counts is None else counts + part
                 seen += min(TILE, size - start)
+            begin += size
         return None if counts is None else _bracket(counts, stat, bound, seen, numel)
 
     def partial(
@@ -267,16 +270,13 @@ def _apply(work: _Range, upto: int, out: Tensor) -> None:
     raw = out.dtype == torch.bfloat16
 
     def finish(source: Source) -> str:
-        value, buf = source.body.values[0], source.block("buf", "float64")
+        value = source.body.values[0]
         if work.base is not None:
             if work.lifted:  # the differences were formed before; the base comes in again here
                 source.add_base(work.base.dtype == torch.bfloat16)
             value = f"base + {value}"
-        store = f"store_float({buf}, m, out[s : s + m])"
-        if raw:
-            rounded, lean = source.block("rounded", "float32"), source.block("lean", "uint32")
-            store = f"store_bf16({buf}, m, out[s : s + m], {rounded}, {lean})"
-        return source.finish(["out"], [f"{buf}[j] = {value}"], [store])
+        source.sliced.append("out")
+        return source.finish(["out"], [f"out_[j] = to_bf16({value})" if raw else f"out_[j] = {value}"])
 
     program = work.program(("apply", raw, work.base is None), upto, finish)
     program.run(work, out.view(torch.uint16).numpy() if raw else out.numpy())
@@ -346,25 +346,20 @@ def _masses(work: _Range) -> Tensor:
 
 
 def _bracket(counts: Tensor, stat: Select, bound: Bound, seen: int, numel: int) -> Tensor:
-    """Upper halves `[k, 2]` between which the wanted ranks nearly surely lie; counts: [k, 1, digits]."""
+    """Upper halves `[k, q, 2]` between which the wanted ranks nearly surely lie; counts: [k, 1, digits]."""
     k, digits = counts.shape[0], counts.shape[-1]
     above = counts[:, 0].flip(-1).cumsum(-1)  # from the largest digit down
-    found = torch.zeros((k, 2), dtype=torch.int64)
-    for i, ranks in enumerate(stat.ranks(bound.params, k, numel)):
-        share = [min(r, numel) / max(numel, 1) for r in ranks]
-        slack = [6 * (s * (1 - s) * seen) ** 0.5 + 2 for s in share]
-        rank = torch.tensor(
-            [min(s * seen - e for s, e in zip(share, slack, strict=True)),
-             max(s * seen + e for s, e in zip(share, slack, strict=True))]
-        )  # fmt: skip
-        high, low = torch.searchsorted(above[i], rank.clamp(1, seen).long()).tolist()
-        found[i] = torch.tensor([digits - 1 - min(low, digits - 1), digits - high])
-    return found
+    share = torch.tensor(stat.ranks(bound.params, k, numel)).clamp(1, numel).double() / numel  # [k, q]
+    # values that lie together are alike, so a sample in tiles tells less than its length
+    slack = 8 * (share * (1 - share) * seen).sqrt() + 2
+    around = torch.stack([share * seen - slack, share * seen + slack], -1).clamp(1, seen).long()
+    high, low = torch.searchsorted(above, around.reshape(k, -1)).reshape(around.shape).unbind(-1)
+    return torch.stack([digits - 1 - low, digits - high], -1).clamp(0, digits)
 
 
 def _counts(work: _Range, upto: int, memo: Any, hint: Tensor | None) -> Tensor | Counted:
     """Select.partial: counts [k, q, digits], with the keys that a second pass would count, given a hint."""
-    k, n = len(work.stack), work.stack[0].numel()
+    k = len(work.stack)
 
     def finish(extra: Sequence[str], after: Sequence[str]) -> Callable[[Source], str]:
         def finished(source: Source) -> str:
@@ -381,29 +376,48 @@ def _counts(work: _Range, upto: int, memo: Any, hint: Tensor | None) -> Tensor |
 
         return finished
 
+    if memo is None and hint is None:
+        table = np.zeros((k, 1, 1 << 15), np.int32)  # a range is shorter than 2**31
+        after = [f"count_upper(keys{i}, m, out[{i}, 0])" for i in range(k)]
+        work.program("upper", upto, finish(["out"], after)).run(work, table)
+        return torch.from_numpy(table)
     if memo is None:
-        out = np.zeros((k, 1, 1 << 15), np.int32)  # a range is shorter than 2**31
-        bracket = np.zeros((k, 2), np.uint32) if hint is None else hint.numpy().astype(np.uint32)
-        rest = np.empty((k, n // 8 + 1 if hint is not None else 1), np.uint32)
-        kept = np.zeros(k, np.int64)
-        after = [
-            f"kept[{i}] = count_upper(keys{i}, m, out[{i}, 0], bracket[{i}], rest[{i}], kept[{i}])"
-            for i in range(k)
-        ]
-        program = work.program("upper", upto, finish(["out", "bracket", "rest", "kept"], after))
-        program.run(work, out, bracket, rest, kept)
-        counts = torch.from_numpy(out)
-        if hint is None:
-            return counts
-        if kept.max() > rest.shape[1]:
-            return Counted(counts, hint, None)
-        return Counted(counts, hint, tuple((torch.from_numpy(rest[i, : kept[i]].copy()),) for i in range(k)))
+        assert hint is not None
+        return _counted(work, upto, hint, finish)
     prefix = memo["prefix"].numpy().astype(np.uint32)  # [k, q]
     q = prefix.shape[1]
     lower = np.zeros((k, q, 1 << 16), np.int64)
     after = [f"count_lower(keys{i}, m, prefix[{i}, {c}], out[{i}, {c}])" for i in range(k) for c in range(q)]
     work.program(("lower", q), upto, finish(["prefix", "out"], after)).run(work, prefix, lower)
     return torch.from_numpy(lower)
+
+
+def _counted(
+    work: _Range, upto: int, hint: Tensor, finish: Callable[[list[str], list[str]], Callable[[Source], str]]
+) -> Counted:
+    """The summary of a range given where the wanted magnitudes are likely to be."""
+    k, q, _ = hint.shape
+    few = int((hint[..., 1] - hint[..., 0]).max()) <= FEW_DIGITS
+    every = [(i, c) for i in range(k) for c in range(q)]
+    rest, kept = np.empty((k, q, work.stack[0].numel() // 8 + 1), np.uint32), np.zeros((k, q), np.int64)
+    after = [
+        f"kept[{i}, {c}] = keep_long(keys{i}, m, bracket[{i}, {c}], rest[{i}, {c}], kept[{i}, {c}])"
+        for i, c in every
+    ]
+    if few:
+        out = np.zeros((k, q, 1 + FEW_DIGITS), np.int32)  # a range is shorter than 2**31
+        after += [f"tally(keys{i}, m, bracket[{i}, {c}], out[{i}, {c}])" for i, c in every]
+    else:
+        out = np.zeros((k, 1, 1 + (1 << 15)), np.int32)
+        after += [f"count_upper(keys{i}, m, out[{i}, 0, 1:])" for i in range(k)]
+    program = work.program(("counted", few, q), upto, finish(["bracket", "out", "rest", "kept"], after))
+    program.run(work, hint.numpy().astype(np.uint32), out, rest, kept)
+    counts, first = torch.from_numpy(out), hint[..., 0] if few else torch.zeros((k, 1), dtype=torch.int64)
+    if kept.max() > rest.shape[-1]:
+        return Counted(counts, first, hint, None)
+    return Counted(
+        counts, first, hint, tuple((torch.from_numpy(rest[i, c, : kept[i, c]].copy()),) for i, c in every)
+    )
 
 
 def _thin(stack: list[Tensor], bound: Bound, at: At) -> None:

@@ -15,7 +15,8 @@ _HEAD = """\
 import numpy as np
 from weft.engine.kernels.generate import BLOCK
 from weft.engine.kernels.primitives import (
-    bits, count_lower, count_upper, dot, from_bf16, magnitude, short_bf16, store_bf16, store_float, total, u32,
+    bits, count_lower, count_upper, dot, from_bf16, keep_long, magnitude, short_bf16, tally, to_bf16, total,
+    u32,
 )
 
 

@@ -37,15 +37,16 @@ class Kernel:
 
     def __init__(self, source: str) -> None:
         self.source = source
-        self._functions: dict[tuple[str, ...], Any] = {}
+        self._functions: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, *arguments: Argument) -> None:
-        types = tuple(map(_type, arguments))
-        function = self._functions.get(types)
+        # what tells the types apart and is quick to find out
+        key = tuple([(a.dtype.char, a.ndim) if isinstance(a, np.ndarray) else type(a) for a in arguments])
+        function = self._functions.get(key)
         if function is None:
             with _LOCK:
-                function = self._functions.get(types) or _function(self.source, types)
-                self._functions[types] = function
+                function = self._functions.get(key) or _function(self.source, tuple(map(_type, arguments)))
+                self._functions[key] = function
         nothing = ctypes.c_void_p()  # where numba's convention has a function leave its result and exception
         function(ctypes.byref(nothing), ctypes.byref(nothing), *_flat(arguments))
 
@@ -59,7 +60,6 @@ def kernel(source: str) -> Kernel:
 def _type(argument: Argument) -> str:
     """`"float64"` for a number, `"float32[2]"` for an array of two dimensions."""
     if isinstance(argument, np.ndarray):
-        assert argument.flags.c_contiguous
         return f"{argument.dtype.name}[{argument.ndim}]"
     if isinstance(argument, np.generic):
         return argument.dtype.name
@@ -71,6 +71,7 @@ def _flat(arguments: Sequence[Argument]) -> list[Any]:
     parts: list[Any] = []
     for a in arguments:
         if isinstance(a, np.ndarray):
+            assert a.flags.c_contiguous
             address = a.__array_interface__["data"][0]
             parts += (0, 0, a.size, a.itemsize, address, *a.shape, *a.strides)
         else:

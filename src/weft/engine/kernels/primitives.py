@@ -48,39 +48,22 @@ def bits(position: Any, k0: Any, k1: Any) -> Any:
     return mix(u32(mix(u32(position ^ k0)) ^ k1))
 
 
-@njit(**OPTIONS)
-def store_bf16(values: Any, m: int, out: Any, rounded: Any, lean: Any) -> None:
-    """Round m float64 values once, to nearest even, into raw bfloat16.
+@njit(inline="always", **OPTIONS)
+def to_bf16(exact: Any) -> Any:
+    """A float64 rounded once, to nearest even, to raw bfloat16.
 
     A float32 half-way between two bfloat16 may have been rounded there: it leans back by one place to the
     true side first. Such values are common (a mean by 0.5, 0.3 and 0.2 has short numbers), so this is done
-    without a branch. `rounded` (float32) and `lean` (uint32) are scratch of a block's length.
+    without a branch.
     """
-    raw = rounded.view(np.uint32)
-    for j in range(m):
-        exact = values[j]
-        near = np.float32(exact)
-        rounded[j] = near
-        a, b = abs(exact), abs(np.float64(near))
-        lean[j] = u32(1) if a > b else (u32(0xFFFFFFFF) if a < b else u32(0))
-    most = u32(0)
-    for j in range(m):
-        v = raw[j]
-        v = u32(v + (lean[j] if u32(v & u32(0xFFFF)) == u32(0x8000) else u32(0)))
-        out[j] = np.uint16(u32(u32(v + u32(0x7FFF)) + u32(u32(v >> u32(16)) & u32(1))) >> u32(16))
-    for j in range(m):
-        most = max(most, u32(raw[j] & u32(0x7F800000)))
-    if most == u32(0x7F800000):
-        for j in range(m):
-            if values[j] != values[j]:
-                out[j] = np.uint16(0x7FC0)
-
-
-@njit(**OPTIONS)
-def store_float(values: Any, m: int, out: Any) -> None:
-    """m float64 values into float32 or float64."""
-    for j in range(m):
-        out[j] = values[j]
+    near = np.float32(exact)
+    v = near.view(np.uint32)
+    a, b = abs(exact), abs(np.float64(near))
+    lean = u32(1) if a > b else (u32(0xFFFFFFFF) if a < b else u32(0))
+    v = u32(v + (lean if u32(v & u32(0xFFFF)) == u32(0x8000) else u32(0)))
+    even = u32(u32(v >> u32(16)) & u32(1))
+    short = np.uint16(u32(u32(v + u32(0x7FFF)) + even) >> u32(16))
+    return np.uint16(0x7FC0) if exact != exact else short
 
 
 @njit(**OPTIONS)
@@ -102,24 +85,51 @@ def nonfinite_float(x: Any) -> Any:
 
 
 @njit(**OPTIONS)
-def count_upper(keys: Any, m: int, counts: Any, bracket: Any, rest: Any, kept: int) -> int:
-    """Count the upper halves of m keys; keep those in the bracket whose lower half is not zero.
-
-    They go into `rest` behind the `kept` that are there. Returns how many are there now; more than fit once
-    they didn't.
-    """
+def count_upper(keys: Any, m: int, counts: Any) -> None:
+    """Count the upper halves of m keys."""
     for j in range(m):
         counts[np.uint64(keys[j] >> u32(16))] += 1
+
+
+@njit(**OPTIONS)
+def tally(keys: Any, m: int, bracket: Any, counts: Any) -> None:
+    """Of m keys: how many upper halves lie above a bracket (counts[0]), and how often each in it occurs.
+
+    To compare all keys with each of a few takes less than a table of counts, since it needs no order.
+    """
+    first, above = u32(bracket[0]), u32(0)
+    width = u32(u32(bracket[1]) - first)
+    for j in range(m):
+        above = u32(above + u32(u32(keys[j] >> u32(16)) >= u32(first + width)))
+    counts[0] += above
+    for d in range(width):
+        digit, found = u32(first + u32(d)), u32(0)
+        for j in range(m):
+            found = u32(found + u32(u32(keys[j] >> u32(16)) == digit))
+        counts[np.uint64(d) + np.uint64(1)] += found
+
+
+@njit(**OPTIONS)
+def keep_long(keys: Any, m: int, bracket: Any, rest: Any, kept: int) -> int:
+    """Put those of m keys in the bracket whose lower half is not zero into `rest`, behind the `kept` there.
+
+    Returns how many are there now; more than fit once they didn't. They are few: most stretches have none.
+    """
     first = u32(bracket[0])
     width = u32(u32(bracket[1]) - first)
-    if width == 0:
-        return kept
-    for j in range(m):
-        v = keys[j]
-        if u32(u32(v >> u32(16)) - first) < width and u32(v & u32(0xFFFF)) != 0:
-            if kept < rest.shape[0]:
-                rest[kept] = v
-            kept += 1
+    for s in range(0, m, 64):
+        some, part = u32(0), keys[s : min(s + 64, m)]
+        for j in range(part.shape[0]):
+            v = part[j]
+            inside = u32(u32(u32(v >> u32(16)) - first) < width)
+            some = u32(some | u32(inside & u32(u32(v & u32(0xFFFF)) != u32(0))))
+        if some:
+            for j in range(part.shape[0]):
+                v = part[j]
+                if u32(u32(v >> u32(16)) - first) < width and u32(v & u32(0xFFFF)) != 0:
+                    if kept < rest.shape[0]:
+                        rest[kept] = v
+                    kept += 1
     return kept
 
 
