@@ -33,7 +33,7 @@ def radar(axes: Sequence[str], values: Mapping[str, Sequence[float]]) -> str:
         mean = sum(shares) / len(shares)
         parts.append(
             f'<g class="series c{n % COLOURS}"><title>{escape(name)}: {100 * mean:.1f} % of the experts</title>'
-            f'<polygon class="area stroke" points="{points}"/>{_key(470, 110 + 24 * n, name)}</g>'
+            f'<polygon class="area stroke" points="{points}"/>{_key(540, 110 + 24 * n, name)}</g>'
         )
     return _svg("".join(parts), f"Share of each task's expert: {', '.join(values)}")
 
