@@ -143,7 +143,7 @@ def node():
 tiny = [{"layers.0.w": torch.randn(40, 100)} for _ in range(3)]
 weft.save(weft.merge(tiny[1:], "tsv", base=tiny[0]), f"{folder}/warm.safetensors", overwrite=True)
 merged = node()
-plan = make_plan(merged, threads=1, memory=1 << 32)
+plan = make_plan(merged, threads=1, memory=256 << 20)  # small: freed blocks are given back
 gc.collect()
 before = peak = anonymous()
 running = True
@@ -156,7 +156,7 @@ def watch():
 
 watcher = threading.Thread(target=watch)
 watcher.start()
-weft.save(merged, f"{folder}/out.safetensors", memory=1 << 32, threads=1, overwrite=True)
+weft.save(merged, f"{folder}/out.safetensors", memory=256 << 20, threads=1, overwrite=True)
 running = False
 watcher.join()
 print(json.dumps([plan.largest, peak - before]))

@@ -8,8 +8,6 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
 import weft
 from weft.systems import System
 from weft.systems.weighted import GRID, Choice, grid_search
@@ -93,6 +91,8 @@ class Increments:
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Task [n], the one whose head is least for "none of mine", and the class inside it [n]."""
+        import torch
+
         shares = [head(self.features(x)).softmax(-1) for head in self.heads]
         task = torch.stack([s[:, -1] for s in shares], 1).argmin(1)
         inside = torch.stack([s[:, :-1].argmax(1) for s in shares], 1)
@@ -110,6 +110,8 @@ def dynammo(
     labels 0 … cₜ−1 in each; a new adapter and its head see the memory of earlier tasks as "none of mine". `memory`
     holds a few examples of every task, as many of each.
     """
+    import torch
+
     from weft.train.loop import finetune
 
     sizes = [int(y.max()) + 1 for _, y in data]

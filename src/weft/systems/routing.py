@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
 import weft
 from weft.systems import System
 
@@ -147,6 +145,8 @@ def esm_plus(
     """
     from copy import deepcopy
 
+    import torch
+
     from weft.learn.data import Feed
     from weft.routing import Gating
 
@@ -228,6 +228,8 @@ def dam(
 
 def similarity(base: Model, experts: Sequence[Model], names: Sequence[str]) -> float:
     """Mean cosine of the task vectors' pairs over some tensors."""
+    import torch
+
     start, deltas = weft.load(base), []
     for model in experts:
         delta = weft.load(model) - start
