@@ -48,11 +48,11 @@ def calibrate(
 ) -> None:
     """Mend a merged model with data: statistics, REPAIR, head, surgery, magnitude, temperature."""
     import weft
-    from weft.cli.output import note, one_line, print_json
+    from weft.cli.output import key_values, note, one_line, print_json
     from weft.errors import UsageError
     from weft.search.objective import imported
 
-    settings = _settings(set_ or [])
+    settings = key_values(set_ or [])
     given: dict[str, Any] = {
         "parents": list(parent) if parent else None,
         "experts": _experts(expert) if expert else None,
@@ -79,24 +79,6 @@ def calibrate(
         for key, value in found.told.items():
             if isinstance(value, float):
                 print(f"  {key}: {value:.4g}")
-
-
-def _settings(given: list[str]) -> dict[str, Any]:
-    """KEY=VALUE, values read as YAML."""
-    import yaml
-
-    from weft.errors import UsageError
-
-    found: dict[str, Any] = {}
-    for item in given:
-        key, equals, text = item.partition("=")
-        if not key or not equals:
-            raise UsageError(f"--set is KEY=VALUE, such as rank=64, not {item!r}")
-        try:
-            found[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UsageError(f"--set {key}: {text!r} cannot be read as a value") from None
-    return found
 
 
 def _experts(given: list[str]) -> dict[str, str]:

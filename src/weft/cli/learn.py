@@ -85,7 +85,9 @@ def learn(
         "validation": None if validation is None else imported(validation)(), "split": split,
     }  # fmt: skip
     settings = {k: v for k, v in settings.items() if v is not None}
-    more = _values(set_ or [])
+    from weft.cli.output import key_values
+
+    more = key_values(set_ or [])
     if twice := [k for k in more if k in settings]:
         raise UsageError(f"{', '.join(twice)}: given by an option and by --set")
     net = _module(module, base or models[0])
@@ -149,21 +151,3 @@ def _tell(
         if sum(c.numel() for c in table.values()) <= SHOWN:
             for key, c in table.items():
                 print(f"  {key}: {', '.join(f'{v:.4g}' for v in c.reshape(-1).tolist())}")
-
-
-def _values(given: list[str]) -> dict[str, Any]:
-    """KEY=VALUE, values read as YAML."""
-    import yaml
-
-    from weft.errors import UsageError
-
-    found: dict[str, Any] = {}
-    for item in given:
-        key, equals, text = item.partition("=")
-        if not key or not equals:
-            raise UsageError(f"--set is KEY=VALUE, such as every=50, not {item!r}")
-        try:
-            found[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UsageError(f"--set {key}: {text!r} cannot be read as a value") from None
-    return found

@@ -93,3 +93,21 @@ def percent(value: float | None) -> str:
     if 0.99995 <= value < 1:
         return ">99.99 %"
     return f"{100 * value:.2f} %"
+
+
+def key_values(given: list[str]) -> dict[str, Any]:
+    """KEY=VALUE of `--set`, values read as YAML. UsageError for what is neither."""
+    import yaml
+
+    from weft.errors import UsageError
+
+    found: dict[str, Any] = {}
+    for item in given:
+        key, equals, text = item.partition("=")
+        if not key or not equals:
+            raise UsageError(f"--set is KEY=VALUE, such as rank=64, not {item!r}")
+        try:
+            found[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UsageError(f"--set {key}: {text!r} cannot be read as a value") from None
+    return found
