@@ -126,4 +126,7 @@ def materialize(checkpoint: Model, module: nn.Module) -> nn.Module:
             if wanted[name] in source:
                 values = source.tensor(wanted[name])
                 target.copy_(round_to(values, target.dtype) if values.is_floating_point() else values)
+    own = {t.data_ptr() for t in (*module.parameters(), *module.buffers())}
+    if any(t.numel() and t.data_ptr() not in own for t in state.values()):
+        module.load_state_dict(state)  # its state dict is computed (`Charted`): what was filled is a copy
     return module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,12 @@ def run_trainer(model: nn.Module, data: Data, folder: Path, callback: Any, **set
     rows = [{"input": a, "labels": b} for a, b in zip(x, y, strict=True)]
     arguments = transformers.TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=48, learning_rate=1e-2, report_to=[],
-        disable_tqdm=True, use_cpu=True, max_grad_norm=0.0, remove_unused_columns=False, logging_steps=1, seed=0,
+        disable_tqdm=True, use_cpu=True, max_grad_norm=0.0, logging_steps=1, seed=0,
         **{"max_steps": 6, "save_strategy": "no", **settings},
     )  # fmt: skip
-    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[callback])
+    trainer = transformers.Trainer(
+        model=model, args=arguments, train_dataset=rows, eval_dataset=rows[:8], callbacks=[callback]
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.train()
@@ -42,8 +45,9 @@ def test_a_linearised_model_in_transformers_trainer(blobs: Data, tmp_path: Path)
     model = WithLoss(Linearised(net))
     trainer = run_trainer(model, blobs, tmp_path, trainer_callback(
         on_step=seen.append, on_checkpoint=lambda s: seen.append(s)
-    ), save_strategy="steps", save_steps=3)  # fmt: skip
+    ), save_strategy="steps", save_steps=3, eval_strategy="steps", eval_steps=2)  # fmt: skip
     assert [s.step for s in seen] == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert not any(s.loss != s.loss for s in seen[1:]), "the loss that was logged last"
     assert set(seen[0].parameters) == set(net.state_dict())
     assert not torch.equal(seen[-1].parameters["0.weight"], seen[-1].start["0.weight"])
     x = blobs[0][:5]
@@ -136,6 +140,32 @@ def test_hooks_and_penalties_in_lightning(blobs: Data, tmp_path: Path) -> None:
 def test_an_accelerator_may_carry_the_loop(blobs: Data) -> None:
     accelerate = pytest.importorskip("accelerate")
     engine = accelerate.Accelerator(cpu=True)
+    carried = weft.finetune(perceptron(), blobs, mode="tangent", steps=5, engine=engine)
+    plain = weft.finetune(perceptron(), blobs, mode="tangent", steps=5)
+    assert all(
+        torch.equal(carried.checkpoint.tensor(n), plain.checkpoint.tensor(n)) for n in plain.checkpoint
+    )
+
+
+def test_the_trainer_keeps_the_columns_that_the_network_takes(blobs: Data, tmp_path: Path) -> None:
+    """By default it drops what `forward` does not name; others, such as the text itself, still go."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    model = WithLoss(Charted(perceptron()))
+    arguments = transformers.TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    assert arguments.remove_unused_columns
+    rows = [{"input": a, "text": "a", "labels": b} for a, b in zip(blobs[0], blobs[1], strict=True)]
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert set(batch) == {"input", "labels"}
+    assert trainer.label_names == ["labels"]
+    assert torch.equal(copy.deepcopy(model)(**batch)["loss"], model(**batch)["loss"])
+
+
+def test_a_fabric_may_carry_the_loop(blobs: Data) -> None:
+    fabric = pytest.importorskip("lightning.fabric")
+    engine = fabric.Fabric(accelerator="cpu", devices=1)
+    engine.launch()
     carried = weft.finetune(perceptron(), blobs, mode="tangent", steps=5, engine=engine)
     plain = weft.finetune(perceptron(), blobs, mode="tangent", steps=5)
     assert all(

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import weft
+from weft.analysis.disentanglement import disentanglement, total_variation
+from weft.analysis.network import Network
 from weft.errors import DataError, UsageError
 from weft.train import Charted, Linearised, LowRank, chosen, load_linearised
 
@@ -242,3 +244,19 @@ def test_what_cannot_be_linearised_says_so() -> None:
 class _Listed(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         return [x]
+
+
+def test_values_of_a_checkpoint_and_analyses_reach_a_linearised_model() -> None:
+    """Its state dict is made when it is asked for: copying into what it gives would change nothing."""
+    net, ends = perceptron(), [perceptron(1), perceptron(2)]
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(3))
+    lin = weft.materialize(ends[0], Linearised(net))
+    expected = load_linearised(ends[0], net)
+    assert torch.allclose(lin(x), expected(x), atol=1e-6) and not torch.allclose(lin(x), net(x), atol=1e-2)
+
+    there = Network(Linearised(net), (x, torch.zeros(40, dtype=torch.int64)))
+    found = disentanglement([there, there], net, ends, alphas=[0.5], distance="total_variation")
+    half = [load_linearised(weft.merge([e], "task_arithmetic", base=net, scale=0.5), net)(x) for e in ends]
+    both = load_linearised(weft.merge(ends, "task_arithmetic", base=net, scale=0.5), net)(x)
+    expected_error = sum(total_variation(h, both) for h in half)
+    assert found.error[0][0] == pytest.approx(expected_error, abs=1e-5) and expected_error > 0.01

@@ -5,8 +5,10 @@ Trainer(model=WithLoss(Linearised(network)), callbacks=[trainer_callback(on_step
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,25 @@ from weft.train.chart import wide
 from weft.train.hooks import Hooks, State, as_hooks, call
 from weft.train.model import Charted
 from weft.train.objectives import Batch, Loss, Objective, Point, cross_entropy
+
+
+class _Signed:
+    """A method whose signature is the network's: the Trainer drops columns that `forward` does not name."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self.method = method
+
+    def __get__(self, model: WithLoss | None, _: type) -> Callable[..., Any]:
+        if model is None:
+            return self.method
+        bound: Any = partial(self.method, model)
+        known = inspect.signature(model.model.inner.forward).parameters.values()
+        own = [p for p in known if p.name != "labels"]
+        labels = inspect.Parameter("labels", inspect.Parameter.KEYWORD_ONLY, default=None)
+        rest = [p for p in own if p.kind is inspect.Parameter.VAR_KEYWORD]
+        bound.__signature__ = inspect.Signature([*(p for p in own if p not in rest), labels, *rest],
+                                                __validate_parameters__=False)  # fmt: skip
+        return bound  # type: ignore[no-any-return]
 
 
 class WithLoss(nn.Module):
@@ -35,6 +56,7 @@ class WithLoss(nn.Module):
         self.register_state_dict_post_hook(_own_names)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_inner_names)  # type: ignore[no-untyped-call]
 
+    @_Signed
     def forward(self, labels: Tensor | None = None, **inputs: Any) -> dict[str, Tensor]:
         logits = self.model(**inputs)
         return {"logits": logits} if labels is None else {"loss": self.loss(logits, labels), "logits": logits}
@@ -116,8 +138,9 @@ def trainer_callback(
 ) -> Any:
     """A TrainerCallback that calls weft's hooks, and adds the gradient of `penalty` (of θ − θ0) to every step.
 
-    on_checkpoint comes when the Trainer saves. A hook that sets `state.stop` ends training. The penalty is
-    added after the Trainer's clipping, decoupled from the loss. MissingExtra without transformers.
+    on_checkpoint comes when the Trainer saves; `state.loss` is what it logged last. A hook that sets
+    `state.stop` ends training. The penalty is added after the Trainer's clipping, decoupled from the loss.
+    MissingExtra without transformers.
     """
     try:
         from transformers import TrainerCallback
@@ -126,7 +149,8 @@ def trainer_callback(
     watch = _Watch(on_gradient, on_step, on_checkpoint, penalty)
 
     def state_of(state: Any, model: nn.Module, optimizer: Any) -> State:
-        loss = state.log_history[-1].get("loss", math.nan) if state.log_history else math.nan
+        logged = (entry["loss"] for entry in reversed(state.log_history) if "loss" in entry)
+        loss = next(logged, math.nan)  # the evaluations are logged between
         return State(
             state.global_step, state.max_steps, state.epoch or 0.0, loss, watch.parameters(model), watch.start,
             optimizer, watch.charted or model,
