@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from weft.bench.page import cost, curve
-from weft.bench.results import Results, read
+from weft.bench.results import Results, combined, read
 from weft.bench.table import HEADINGS, TITLES, cells, grouped, notes
 from weft.methods.params import Parameter
 from weft.methods.registry import METHODS, Method
@@ -126,7 +126,7 @@ def systems_page() -> str:
 
 
 def results_page(folder: Path) -> str:
-    """The tables and drawings of every results file of `weft bench` in the folder."""
+    """The tables and drawings of `weft bench`'s results in the folder, files of one suite as one."""
     out = [
         "# Results of the benchmark", "",
         "Made from `docs/bench/*.json`, which hold the figures of runs of [`weft bench`](bench.md): how "
@@ -135,8 +135,12 @@ def results_page(folder: Path) -> str:
     style = (Path(__file__).parents[1] / "src/weft/bench/page.css").read_text(encoding="utf-8")
     variables = ":root { --ink: currentColor; --muted: #777; --line: #8884; }"
     out += [f"<style>{variables}\n{style}</style>".replace("\n\n", "\n"), ""]
+    suites: dict[str, list[Results]] = {}
     for path in sorted(folder.glob("*.json")):
-        out += _results(read(path))
+        found = read(path)
+        suites.setdefault(found.suite, []).append(found)
+    for parts in suites.values():
+        out += _results(combined(parts))
     return "\n".join(out) + "\n"
 
 

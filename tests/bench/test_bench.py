@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +61,36 @@ def test_rows_say_what_was_seen_tuned_and_kept(results: Results) -> None:
     assert task in one.tasks
 
 
+def test_scales_are_tried_on_a_line_where_merges_lie_on_one() -> None:
+    """What is chosen so is what merging anew for every value would choose; what does not lie on a line is made."""
+    from dataclasses import replace
+
+    from weft.bench.run import along
+    from weft.bench.suites.digits import digits
+
+    setting = Setting(digits(0), 8)
+    calls: list[object] = []
+    made_by = contenders()["tsv"]
+
+    def counted(setting: Setting, params: Mapping[str, Any]) -> Outcome:
+        calls.append(params)
+        return made_by.make(setting, params)
+
+    def bent(setting: Setting, params: Mapping[str, Any]) -> Outcome:
+        return counted(setting, {"scale": params["scale"] ** 2})
+
+    values = (0.5, 1.0, 1.5, 2.0)
+    start = made_by.make(setting, {})
+    for make, count in ((counted, 2), (bent, 4)):
+        calls.clear()
+        tried = list(along(replace(made_by, make=make), setting, "scale", values, start))
+        assert len(calls) == count and [v for v, _ in tried] == list(values)
+        for value, outcome in tried:
+            real = make(setting, {"scale": value}).state
+            assert outcome.state is not None and real is not None
+            assert all(torch.allclose(t, real[n], atol=2e-3) for n, t in outcome.state.items())
+
+
 def test_results_survive_files(results: Results, tmp_path: Path) -> None:
     write(results, tmp_path / "r.json")
     again = read(tmp_path / "r.json")
@@ -83,6 +115,21 @@ def test_the_page_is_whole_and_escapes_names(results: Results) -> None:
     for row in results.rows:
         assert row.label in html
     assert html.count("<svg") == 2 and "class='heat'" in html
+
+
+def test_digits_of_other_seeds_are_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from weft.bench.suites.digits import digits
+    from weft.demo import train
+
+    monkeypatch.setenv("WEFT_CACHE", str(tmp_path))
+    monkeypatch.setattr(train, "BASE_EPOCHS", 1)
+    monkeypatch.setattr(train, "EXPERT_EPOCHS", 1)
+    said: list[str] = []
+    first, again, other = (digits(s, None, said.append) for s in (1, 1, 2))
+    assert len(said) == 2, "a seed is trained once"
+    a, b, c = (s.models[0].state_dict()["layers.0.weight"] for s in (first, again, other))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert first.base is not None and first.joint is not None
 
 
 def test_groups_keep_apart_what_may_not_be_compared(results: Results) -> None:

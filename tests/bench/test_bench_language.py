@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -15,6 +17,7 @@ from weft.bench.run import bench
 from weft.errors import MissingExtra, UsageError
 
 transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
 
 TEXTS = {"abc": "abcabcabc " * 40, "xyz": "zyxzyx xyz " * 40}
 
@@ -86,6 +89,47 @@ def test_tasks_of_lm_eval_are_scored_by_it(models: dict[str, Path], monkeypatch:
     assert set(seen) == {("arc", 7), ("gsm", 7)} and found.row("linear").mean > 0
     with pytest.raises(UsageError, match="no metric"):
         bench(lm_eval_suite(models["base"], experts, {"abc": "arc", "xyz": "gsm"}, metric="f1"), ["linear"])
+
+
+TASK = """\
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{start}}}}"
+doc_to_target: 0
+doc_to_choice: "{{{{ends}}}}"
+target_delimiter: ""
+metric_list: [{{metric: acc}}]
+"""
+
+
+def test_task_files_of_lm_eval_are_run_by_the_real_harness(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which letter comes next: the experts learned it, the base did not."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    letters = {chr(i): i for i in range(1, 128)} | {"<unk>": 0}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(letters, unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    spoken = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", eos_token="<unk>", pad_token="<unk>"
+    )
+    tasks = {}
+    for name, text in TEXTS.items():
+        shutil.copytree(models[name], tmp_path / name)
+        rows = [{"start": text[i : i + 12], "ends": [text[i + 12 : i + 15], "qqq", "hij"]} for i in range(10)]
+        data, task = tmp_path / f"{name}.jsonl", tmp_path / f"{name}.yaml"
+        data.write_text("\n".join(map(json.dumps, rows)))
+        task.write_text(TASK.format(name=f"letters_{name}", data=data))
+        tasks[name] = str(task)
+    shutil.copytree(models["base"], tmp_path / "base")
+    spoken.save_pretrained(tmp_path / "base")
+    found = bench(lm_eval_suite(tmp_path / "base", {n: tmp_path / n for n in TEXTS}, tasks), ["linear"])
+    assert found.row("experts").mean > 0.9 > found.row("base").mean
+    assert found.row("linear").mean > found.row("base").mean
 
 
 def test_names_must_agree(models: dict[str, Path]) -> None:

@@ -20,6 +20,7 @@ from weft.learn.masks import Masked
 from weft.learn.mergeable import Mergeable
 from weft.learn.weighed import Weighed
 from weft.methods.registry import METHODS
+from weft.routing.gating import Gating
 
 STEPS, RATE, BATCH = 100, 1e-2, 16
 TEST_TIME_INPUTS = 500
@@ -187,11 +188,12 @@ def routed(**how: Any) -> Callable[[Setting, Params], Outcome]:
         seconds = 0.0
         if gram:
             more["statistics"], seconds = setting.statistics(("gram",))
-        if more["gate"] == "prototype":
+        kind = more["gate"].kind if isinstance(more["gate"], Gating) else more["gate"]
+        if kind == "prototype":
             more["data"], more["samples"] = examples(setting, "unlabelled"), setting.samples
         experts = dict(zip([t.name for t in setting.tasks], setting.models, strict=True))
         made = weft.route(setting.module(), _base(setting), experts, **more)
-        if more["gate"] == "router":
+        if kind == "router":
             fit_router(made, examples(setting, "unlabelled"), split="train")
         made.to(next(setting.loaded.module.parameters()).device)
         return Outcome(module=made.eval(), parameters=made.cost().bytes / 4, extra_seconds=seconds)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 WIDTH, HEIGHT = 760, 420
-LEFT, RIGHT, TOP, BOTTOM = 48, 190, 16, 44
+LEFT, RIGHT, TOP, BOTTOM = 48, 190, 34, 44
 COLOURS = 8
 
 
@@ -69,18 +69,17 @@ def scatter(points: Sequence[tuple[float, float, str, str]], x: str, y: str) -> 
         if p[1] > top:
             top = p[1]
             best.add(p[2])
+    names = []  # drawn after all points, so that none lies over them
     for a, b, name, group in points:
         px, py = frame.x(math.log10(a)), frame.y(b)
-        label = (
-            f'<text class="name" x="{px + 8:.1f}" y="{py - 6:.1f}">{escape(name)}</text>'
-            if name in best
-            else ""
-        )
         parts.append(
             f'<g class="series c{groups.index(group) % COLOURS}">'
             f"<title>{escape(name)}: {b:.1f} % in {a:.2g} s</title>"
-            f'<circle class="dot" cx="{px:.1f}" cy="{py:.1f}" r="5"/>{label}</g>'
+            f'<circle class="dot" cx="{px:.1f}" cy="{py:.1f}" r="5"/></g>'
         )
+        if name in best:
+            names.append(_text(px + 8, py - 6, name))
+    parts += names
     for n, group in enumerate(groups):
         parts.append(f'<g class="c{n % COLOURS}">{_key(frame.right + 14, 40 + 24 * n, group)}</g>')
     return _svg("".join(parts), f"{y} by {x}")
@@ -110,13 +109,13 @@ class _Frame:
             for v in levels
         ]
         parts += [
-            f'<text x="{self.x(t):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">'
+            f'<text x="{self.x(t):.1f}" y="{HEIGHT - BOTTOM + 22}" text-anchor="middle">'
             f"{(names or {}).get(t, f'{t:g}')}</text>"
             for t in ticks
         ]
         middle = (LEFT + self.right) / 2
         parts.append(f'<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x)}</text>')
-        parts.append(f'<text x="{LEFT - 40}" y="{TOP - 4}">{escape(y)}</text>')
+        parts.append(f'<text x="{LEFT - 40}" y="{TOP - 20}">{escape(y)}</text>')
         return "".join(parts)
 
 

@@ -91,20 +91,22 @@ def lm_eval_suite(
     metric: str = "acc,none",
     name: str = "lm-eval",
     limit: int | None = None,
+    batch: int = 8,
     dtype: torch.dtype = torch.float32,
 ) -> Suite:
-    """Expert → a task of lm-evaluation-harness. Without a validation split nothing is tuned."""
+    """Expert → a task of lm-evaluation-harness: its name, or a task file (.yaml). Nothing is tuned, for want of a
+    validation split."""
     return Suite(
         name,
         maker(base, dtype),
-        [lm_eval_task(n, base, tasks[n], metric, limit) for n in experts],
+        [lm_eval_task(n, base, tasks[n], metric, limit, batch) for n in experts],
         dict(experts),
         base,
     )
 
 
 def lm_eval_task(
-    name: str, model: Model, task: str, metric: str = "acc,none", limit: int | None = None
+    name: str, model: Model, task: str, metric: str = "acc,none", limit: int | None = None, batch: int = 8
 ) -> Task:
     """A task that lm-evaluation-harness scores, on `limit` of its examples. MissingExtra when run without it."""
 
@@ -116,8 +118,10 @@ def lm_eval_task(
             raise MissingExtra("lm-eval", "eval", "a task of lm-evaluation-harness") from None
         from weft.llm.hf import tokenizer_of
 
-        held: Any = HFLM(pretrained=module, tokenizer=tokenizer_of(load(model)))
-        found = simple_evaluate(model=held, tasks=[task], limit=limit)["results"][task]
+        held: Any = HFLM(pretrained=module, tokenizer=tokenizer_of(load(model)), batch_size=batch)
+        results = simple_evaluate(model=held, tasks=[task], limit=limit)["results"]
+        # a task file is named by what is written in it
+        found = results[task] if task in results else next(iter(results.values()))
         key = metric if metric in found else f"{metric},none"
         if key not in found:
             numbers = [k for k, v in found.items() if isinstance(v, int | float)]

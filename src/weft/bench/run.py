@@ -20,7 +20,7 @@ from weft._version import __version__
 from weft.bench.contenders import Contender, Outcome, chosen
 from weft.bench.results import Measured, Results, Row, ratio
 from weft.bench.score import score
-from weft.bench.setting import Setting, costs
+from weft.bench.setting import Setting, State, costs
 from weft.bench.suite import Suite, Task
 from weft.errors import DataError, UsageError
 
@@ -168,8 +168,7 @@ def trials(c: Contender, setting: Setting, judge: Judge, tune: bool) -> Iterable
 
     (key, values), *_ = c.tuned.items()
     best: tuple[float, Any] | None = None
-    for value in values:
-        tried, _ = _made(c, setting, {**c.params, key: value})
+    for value, tried in along(c, setting, key, values, made):
         found = judge.validation(tried)
         if best is None or found > best[0]:  # the first, where they tie
             best = found, value
@@ -177,6 +176,51 @@ def trials(c: Contender, setting: Setting, judge: Judge, tune: bool) -> Iterable
     params = {**c.params, key: best[1]}
     made, cost = _made(c, setting, params)
     yield replace(row, how="tuned"), judge(made, params, cost)
+
+
+def along(
+    c: Contender, setting: Setting, key: str, values: Sequence[Any], fixed: Outcome
+) -> Iterable[tuple[Any, Outcome]]:
+    """(value, outcome) for every value.
+
+    Most merges are base + scale · change: where two made for real lie on one line with the base, the rest are
+    points of that line. Only choosing rests on this; what is reported is made.
+    """
+    first, rest = values[0], values[1:]
+    ends: list[tuple[float, Outcome]] = []
+    if key in c.params:
+        ends.append((c.params[key], fixed))
+    for value in (first, *rest):
+        line = _line(setting, key, ends)
+        tried = _made(c, setting, {**c.params, key: value})[0] if line is None else Outcome(line(value))
+        if line is None:
+            ends.append((value, tried))
+        yield value, tried
+
+
+def _line(
+    setting: Setting, key: str, ends: Sequence[tuple[float, Outcome]]
+) -> Callable[[float], State] | None:
+    """value → base + value · change; None unless the two latest outcomes say that it is so."""
+    if key != "scale" or setting.base is None or len(ends) < 2:
+        return None
+    (a, one), (b, other) = ends[-2:]
+    if one.state is None or other.state is None or not a or not b:
+        return None
+    base, held = setting.base.state_dict(), one.state
+    changes = {n: (t.double() - base[n].double()) / a for n, t in one.state.items() if t.is_floating_point()}
+
+    def at(value: float) -> State:
+        moved = {n: (base[n].double() + value * d).to(base[n].dtype) for n, d in changes.items()}
+        return {**held, **moved}
+
+    told, real = at(b), other.state
+    gap = math.sqrt(sum(float((told[n].double() - real[n].double()).square().sum()) for n in changes))
+    size = abs(b) * math.sqrt(sum(float(d.square().sum()) for d in changes.values()))
+    coarse = math.sqrt(
+        sum(float((torch.finfo(held[n].dtype).eps * base[n].double()).square().sum()) for n in changes)
+    )
+    return at if gap <= 1e-4 * size + (1 + abs(b / a)) * coarse else None
 
 
 def _made(c: Contender, setting: Setting, params: Mapping[str, Any]) -> tuple[Outcome, Any]:

@@ -28,7 +28,8 @@ Data = Examples | Iterable[Examples]
 """All examples at once, or batches of them (a DataLoader)."""
 Metric = Literal["accuracy", "perplexity"]
 METRICS: tuple[Metric, ...] = ("accuracy", "perplexity")
-BATCH = 256
+BATCH = 64
+"""Of an evaluation: small enough for the caches of a core."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import TypeAlias
@@ -85,9 +85,8 @@ def write(net: DigitNet, folder: Path, name: str, *, task: str, seed: int, **set
     print(f"{name:12} validation: {scores}")
 
 
-def train(folder: Path, seed: int = SEED) -> None:
-    """Train base, experts and the joint reference, and write them into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
+def trained(seed: int = SEED) -> Iterator[tuple[str, int, DigitNet]]:
+    """(name, seed of its order, network) of the base, then of every expert, then of the joint reference."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums are then made in one order
     try:
@@ -95,7 +94,7 @@ def train(folder: Path, seed: int = SEED) -> None:
         few = [tuple(v[:FEW] for v in examples(t, "pretrain")) for t in TASKS]
         start = joined([examples(CONTROL.name, "pretrain"), *few])  # type: ignore[list-item]
         fit(base, start, epochs=BASE_EPOCHS, rate=BASE_RATE, seed=seed, head=True)
-        write(base, folder, "base", task="pre-training", seed=seed, epochs=BASE_EPOCHS, rate=BASE_RATE)
+        yield "base", seed, base
 
         # experts start from the base as it is stored, so that a task vector is what was really learned
         base = network({k: v.to(STORED) for k, v in base.state_dict().items()})
@@ -105,12 +104,18 @@ def train(folder: Path, seed: int = SEED) -> None:
         for number, (name, data) in enumerate(jobs.items(), start=1):
             expert = deepcopy(base)
             fit(expert, data, epochs=EXPERT_EPOCHS, rate=EXPERT_RATE, seed=seed + number, head=False)
-            write(
-                expert, folder, name, task=name, seed=seed + number,
-                epochs=EXPERT_EPOCHS, rate=EXPERT_RATE,
-            )  # fmt: skip
+            yield name, seed + number, expert
     finally:
         torch.set_num_threads(threads)
+
+
+def train(folder: Path, seed: int = SEED) -> None:
+    """Train base, experts and the joint reference, and write them into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, order, net in trained(seed):
+        task = "pre-training" if name == "base" else name
+        epochs, rate = (BASE_EPOCHS, BASE_RATE) if name == "base" else (EXPERT_EPOCHS, EXPERT_RATE)
+        write(net, folder, name, task=task, seed=order, epochs=epochs, rate=rate)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from weft.bench.suites.vision import family, made
 from weft.bench.training import Fit
 
 TASKS = ("mnist", "fashion_mnist", "gtsrb", "kannada_mnist")
-BASE = Fit(epochs=8, lr=2e-3, smoothing=0.1)
-EXPERT = Fit(epochs=4, lr=5e-4, smoothing=0.1)
+BASE = Fit(epochs=32, lr=2e-3, smoothing=0.1)
+EXPERT = Fit(epochs=2, lr=5e-4, smoothing=0.1)
 
 
 def resnet(seed: int, data: str | Path | None = None, say: Callable[[str], None] = lambda _: None) -> Suite:
