@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 _WHERE = {
+    "DeepAlign": "deep",
     "Group": "spec",
     "Node": "spec",
     "PermutationSpec": "spec",
@@ -26,6 +27,7 @@ _WHERE = {
     "bbp_map": "atoms",
     "c2m3": "many",
     "cca_merge": "cca",
+    "deep_align": "deep",
     "discover": "discovery",
     "fedma": "growing",
     "graph_matching": "graphs",
@@ -50,6 +52,7 @@ _WHERE = {
 }
 
 __all__ = [
+    "DeepAlign",
     "Group",
     "Node",
     "PermutationSpec",
@@ -60,6 +63,7 @@ __all__ = [
     "bbp_map",
     "c2m3",
     "cca_merge",
+    "deep_align",
     "discover",
     "fedma",
     "graph_matching",

@@ -22,6 +22,7 @@ MATCHERS = {
     "ste": "weft.align.straight:straight_through",
     "sinkhorn": "weft.align.sinkhorn:sinkhorn_matching",
     "annealing": "weft.align.annealing:annealed",
+    "deep": "weft.align.deep:deep_matching",
 }
 """Ways to match: functions `(spec, a, b, **options)` that give permutations of b, or a checkpoint that fits a."""
 RUNNERS = {
@@ -44,9 +45,10 @@ def align(
 ) -> Checkpoint:  # fmt: skip
     """`b` with its units in the order in which it fits `to`: a lazy checkpoint that computes what b computes.
 
-    `b`, `to`: anything `weft.load` takes. `how`: weights, ste, sinkhorn, annealing, activations, correlation,
-    mudsc, cca, ot, transformers (the last three also mix units, which changes what b computes), or a function of
-    `(spec, a, b, **options)`; `options` are the matcher's. `data` are for those that need them: (inputs, targets)
+    `b`, `to`: anything `weft.load` takes. `how`: weights, ste, sinkhorn, annealing, deep (with `network`, a trained
+    aligner or its file), activations, correlation, mudsc, cca, ot, transformers (the last three also mix units,
+    which changes what b computes), or a function of `(spec, a, b, **options)`, such as a trained aligner;
+    `options` are the matcher's. `data` are for those that need them: (inputs, targets)
     or batches for ste, annealing and sinkhorn, inputs for those after them. The symmetries are those of `spec`
     (or a file of one), else of `module`, else of `to` itself, if it is a module or has the config of a
     transformers model; `example_inputs` are for running that once.
