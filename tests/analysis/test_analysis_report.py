@@ -107,6 +107,14 @@ def test_a_model_that_does_not_fit_stops_it_before_anything_is_done(
     assert not started
 
 
+def test_many_findings_of_a_kind_are_folded_in_the_contents(everything: Analysed) -> None:
+    line = everything.of(Barrier)[0]
+    pages = {n: html_report([line] * n).partition("<section")[0] for n in (3, 4)}
+    assert "<details>" not in pages[3]
+    assert "<details><summary>Barrier: 4 findings</summary>" in pages[4]
+    assert all(f'href="#f{i}"' in pages[4] for i in range(4))
+
+
 def test_the_page_needs_nothing_else_and_shows_names_as_text(everything: Analysed, tmp_path: Path) -> None:
     extra = weft.analyze({HOSTILE: trained(1), "other": trained(2)})
     page = html_report([*everything, *extra], heading=HOSTILE, notes=[HOSTILE])

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from weft.analysis.finding import Finding, figure, graphs
+from weft.analysis.finding import COLOURS, Finding, figure, graphs
 from weft.analysis.network import Network
 from weft.analysis.space import flat, mean
 from weft.api import Model
@@ -87,8 +87,10 @@ class Decomposition(Finding):
                 [*values, self.gap, self.average],
                 [*labels, "locality gap", "average"],
             )
+        coloured = {k: {"marker": {"color": COLOURS[i]}}
+                    for k, i in (("increasing", 1), ("decreasing", 2), ("totals", 0))}  # fmt: skip
         made.add_trace(graphs().Waterfall(x=labels, y=values, measure=kinds, textposition="outside",
-                                          text=[f"{v:.4g}" for v in values]))  # fmt: skip
+                                          text=[f"{v:.4g}" for v in values], **coloured))  # fmt: skip
         return made
 
 

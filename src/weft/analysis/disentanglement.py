@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from weft.analysis.finding import SCALE, Finding, figure, graphs
+from weft.analysis.finding import SCALE, Finding, equal_axes, figure, graphs
 from weft.analysis.network import Network, State
 from weft.analysis.space import affine
 from weft.api import Model
@@ -75,7 +75,7 @@ class Disentanglement(Finding):
         made.add_shape(
             type="rect", x0=0, y0=0, x1=1, y1=1, line={"color": "#c2347a", "width": 2, "dash": "dash"}
         )
-        made.update_yaxes(scaleanchor="x", scaleratio=1)
+        equal_axes(made)
         return made
 
 

@@ -81,13 +81,20 @@ def figure(x: str = "", y: str = "", **layout: Any) -> Any:
     made = graphs().Figure()
     style: dict[str, Any] = {
         "template": "plotly_white", "colorway": COLOURS, "height": 420, "hovermode": "closest",
-        "margin": {"l": 70, "r": 30, "t": 30, "b": 60}, "font": {"family": "system-ui, sans-serif", "size": 13},
-        "modebar": {"orientation": "v"}, "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        "margin": {"l": 70, "r": 30, "t": 64, "b": 60}, "font": {"family": "system-ui, sans-serif", "size": 13},
+        "modebar": {"orientation": "h", "bgcolor": "rgba(0,0,0,0)"},
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
     }  # fmt: skip
     made.update_layout(**style | layout)
     made.update_xaxes(title_text=x, zeroline=False)
     made.update_yaxes(title_text=y, zeroline=False)
     return made
+
+
+def equal_axes(made: Any) -> None:
+    """One unit is as long along y as along x, and the axes end where the values do."""
+    made.update_xaxes(constrain="domain")
+    made.update_yaxes(scaleanchor="x", scaleratio=1, constrain="domain")
 
 
 def matrix_figure(
@@ -106,5 +113,5 @@ def matrix_figure(
     ))  # fmt: skip
     made.update_yaxes(autorange="reversed", type="category")
     made.update_xaxes(type="category")
-    made.update_layout(height=max(300, 120 + 34 * len(rows)))
+    made.update_layout(height=max(300, 160 + 34 * len(rows)))
     return made

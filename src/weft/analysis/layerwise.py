@@ -55,6 +55,8 @@ class LayerwiseBarrier(Finding):
     def headline(self) -> str:
         worst = max(range(len(self.layers)), key=lambda i: max(self.from_a[i], self.from_b[i]))
         value = max(self.from_a[worst], self.from_b[worst])
+        if value <= 0:
+            return "no layer has a barrier"
         return f"the largest barrier is at {self.layers[worst]}: {value:.4g}"
 
     def plot(self) -> Any:

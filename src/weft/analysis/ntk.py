@@ -68,7 +68,7 @@ class Localisation(Finding):
         made.add_trace(graphs().Scatter(x=self.eigenvalues, y=self.energy, mode="markers",
                                         marker={"size": 7, "opacity": 0.7}))  # fmt: skip
         made.add_hline(y=self.share, line_dash="dot", line_color="#7f8794")
-        made.update_xaxes(type="log", autorange="reversed")
+        made.update_xaxes(type="log", autorange="reversed", dtick=1, exponentformat="power")
         made.update_yaxes(range=[-0.03, 1.03])
         return made
 

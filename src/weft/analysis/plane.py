@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from weft.analysis.finding import Finding, figure, graphs
+from weft.analysis.finding import Finding, equal_axes, figure, graphs
 from weft.analysis.network import Network, State
 from weft.analysis.space import affine, filter_normalised, flat, normal, shaped
 from weft.api import Model
@@ -71,8 +71,10 @@ class Plane(Finding):
         px, py = zip(*self.points, strict=True)
         made.add_trace(go.Scatter(x=px, y=py, text=self.names, mode="markers+text", textposition="top center",
                                   marker={"size": 11, "color": "#ffffff", "line": {"width": 2, "color": "#111111"}},
-                                  textfont={"color": "#ffffff"}, showlegend=False))  # fmt: skip
-        made.update_yaxes(scaleanchor="x", scaleratio=1)
+                                  # legible on every colour of the map
+                                  textfont={"color": "#ffffff", "shadow": "0 0 3px #000, 0 0 3px #000"},
+                                  showlegend=False))  # fmt: skip
+        equal_axes(made)
         return made
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import html
 import os
+import re
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from weft.analysis.finding import Finding
 from weft.errors import DataError, MissingExtra, UsageError
 
+FOLD = 3
 STYLE = """
 :root { --ink: #1f2530; --soft: #5b6472; --line: #e3e6ec; --card: #ffffff; --page: #f5f6f9; --accent: #2f6fdb; }
 * { box-sizing: border-box; }
@@ -25,8 +28,10 @@ p { margin: 6px 0; }
 section, nav { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 20px 24px;
   margin: 20px 0; }
 nav table { border-collapse: collapse; width: 100%; }
+nav td:first-child { width: 36%; }
 nav td { padding: 6px 12px 6px 0; border-top: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere; }
 nav tr:first-child td { border-top: 0; }
+nav summary { padding: 6px 0; cursor: pointer; }
 a { color: var(--accent); text-decoration: none; }
 a:hover { text-decoration: underline; }
 footer { color: var(--soft); padding: 8px 0 40px; font-size: 13px; }
@@ -43,10 +48,10 @@ def html_report(
         from plotly.offline import get_plotlyjs
     except ImportError:
         raise MissingExtra("plotly", "plot", "an HTML report") from None
-    rows, sections = [], []
+    sections, lines = [], []
     for i, found in enumerate(findings):
         title, line = html.escape(found.title), html.escape(found.headline)
-        rows.append(f'<tr><td><a href="#f{i}">{title}</a></td><td>{line}</td></tr>')
+        lines.append((type(found), f'<tr><td><a href="#f{i}">{title}</a></td><td>{line}</td></tr>'))
         figures = "\n".join(_figure(f, f"plot{i}-{j}") for j, f in enumerate(_figures(found)))
         sections.append(f'<section id="f{i}"><h2>{title}</h2><p class="headline">{line}</p>'
                         f'<p class="soft">{html.escape(found.about)}</p>{figures}</section>')  # fmt: skip
@@ -56,10 +61,22 @@ def html_report(
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">\n'
         f"<style>{STYLE}</style>\n<script>{get_plotlyjs()}</script></head><body>\n"
         f"<header><h1>{html.escape(heading)}</h1>{told}</header>\n"
-        f"<main><nav><table>{''.join(rows)}</table></nav>\n{''.join(sections)}\n"
+        f"<main><nav>{_contents(lines)}</nav>\n{''.join(sections)}\n"
         "<footer>Drag to zoom, double-click to go back, point at a mark for its numbers.</footer></main>"
         "</body></html>\n"
     )
+
+
+def _contents(lines: Sequence[tuple[type[Finding], str]]) -> str:
+    """What was found, a line each; those of one kind are folded where there are many."""
+    parts = []
+    for kind, group in groupby(lines, key=lambda line: line[0]):
+        rows = [row for _, row in group]
+        table = f"<table>{''.join(rows)}</table>"
+        name = " ".join(re.findall("[A-Z][a-z]*", kind.__name__)).capitalize()
+        many = f"<details><summary>{name}: {len(rows)} findings</summary>{table}</details>"
+        parts.append(many if len(rows) > FOLD else table)
+    return "".join(parts)
 
 
 def _figures(found: Finding) -> list[Any]:
@@ -70,7 +87,8 @@ def _figures(found: Finding) -> list[Any]:
 
 def _figure(made: Any, place: str) -> str:
     return str(made.to_html(
-        full_html=False, include_plotlyjs=False, div_id=place, config={"displaylogo": False, "responsive": True},
+        full_html=False, include_plotlyjs=False, div_id=place, 
+        config={"displaylogo": False, "displayModeBar": "hover", "responsive": True},
     ))  # fmt: skip
 
 

@@ -78,7 +78,7 @@ class VarianceDecay(Finding):
         made.add_trace(go.Scatter(x=self.windows, y=self.variance, name="V(k)", mode="lines+markers"))
         made.add_trace(go.Scatter(x=self.windows, y=[self.variance[0] * self.windows[0] / k for k in self.windows],
                                   name="1/k", mode="lines", line={"dash": "dot", "color": "#7f8794"}))  # fmt: skip
-        made.update_xaxes(type="log")
+        made.update_xaxes(type="log", tickvals=list(self.windows))
         made.update_yaxes(type="log")
         return made
 
