@@ -14,6 +14,7 @@ from torch import nn
 
 from weft.checkpoints.base import Checkpoint
 from weft.checkpoints.dtypes import is_mergeable
+from weft.checkpoints.orientation import experts_inputs_first, inputs_first
 from weft.errors import WeftError
 
 Kind = Literal["linear", "transposed", "embedding", "convolution", "experts", "transposed experts", "other"]
@@ -22,8 +23,6 @@ _EMBEDDING = re.compile(
     r"(^|\.)(wte|wpe|shared|embed_tokens|embed_positions|tok_embeddings|word_embeddings|\w*_?embeddings?"
     r"|relative_attention_bias)\.weight"
 )
-_CONV1D = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight")
-_CONV1D_MODELS = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer", "clvp")
 _CLASSES: dict[Kind, tuple[type[nn.Module], ...]] = {
     "linear": (nn.Linear,),
     "embedding": (nn.Embedding,),
@@ -49,23 +48,15 @@ def _by_name(name: str, shape: tuple[int, ...], config: Mapping[str, object] | N
     if len(shape) == 2:
         if _EMBEDDING.search(name):
             return "embedding"
-        old = (config or {}).get("model_type") in _CONV1D_MODELS and _CONV1D.search(name)
-        return "transposed" if old else "linear"
+        return "transposed" if inputs_first(name, shape, config) else "linear"
     # a kernel over one input channel each (depthwise) has nothing low-rank about it
     return "convolution" if len(shape) > 2 and shape[1] > 1 else "other"
 
 
 def _stack(name: str, shape: tuple[int, ...], config: Mapping[str, object] | None) -> Kind:
-    """Experts: the side of the hidden size tells whether a stack is `[E, out, in]` or `[E, in, out]`."""
-    if "expert" not in name:
-        return "other"
-    text = (config or {}).get("text_config", config) or {}
-    hidden = text.get("hidden_size") if isinstance(text, Mapping) else None
-    inputs = 1 if "down" in name else 0  # which of (d1, d2) has the hidden size if the stack is transposed
-    sides = shape[1:]
-    if sides[0] == sides[1] or hidden not in sides:
-        return "other"
-    return "transposed experts" if sides[inputs] == hidden else "experts"
+    """Experts, whichever side their inputs are on."""
+    turned = experts_inputs_first(name, shape, config)
+    return "other" if turned is None else "transposed experts" if turned else "experts"
 
 
 def _from_class(base: Checkpoint) -> dict[str, Kind]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from weft.checkpoints.orientation import inputs_first
 from weft.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -100,6 +101,11 @@ class Checkpoint(ABC):
         The result is the caller's to read; whether it may be written to is not promised.
         `start` and `stop` must be multiples of `grain(name)` (or the end).
         """
+
+    def inputs_first(self, name: str) -> bool:
+        """Whether a weight is stored [in, out], by the module it is of, or by the config and its name."""
+        inner = any(s.inputs_first(name) for s in self.inputs if name in s)
+        return inner or inputs_first(name, self.info(name).shape, self.config)
 
     def grain(self, name: str) -> int:
         """How many consecutive elements must be read together: 1, a row's length, or the whole tensor."""

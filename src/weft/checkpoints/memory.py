@@ -57,6 +57,7 @@ class StateDict(Checkpoint):
         if problems:
             raise DataProblems(f"{self.origin} holds what weft cannot read", problems)
         self._tensors = {n: TensorInfo(tuple(t.shape), t.dtype) for n, t in self._values.items()}
+        self._turned = _turned(source)
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -65,6 +66,9 @@ class StateDict(Checkpoint):
     @property
     def aliases(self) -> Mapping[str, str]:
         return self._aliases
+
+    def inputs_first(self, name: str) -> bool:
+        return name in self._turned or super().inputs_first(name)
 
     def read(
         self,
@@ -93,6 +97,14 @@ def flat_range(tensor: Tensor, start: int, stop: int) -> Tensor:
 
 def _called(source: object) -> str:
     return "state dict" if isinstance(source, Mapping) else type(source).__name__
+
+
+def _turned(source: object) -> frozenset[str]:
+    """The weights of a module's layers of transformers' class Conv1D, which are stored [in, out]."""
+    if not isinstance(source, nn.Module):
+        return frozenset()
+    layers = (n for n, m in source.named_modules() if type(m).__name__ == "Conv1D")
+    return frozenset(f"{n}.weight" if n else "weight" for n in layers)
 
 
 def _items(source: object) -> list[tuple[Any, Any]]:

@@ -106,6 +106,7 @@ class Measured:
         self._samples = [t.get("samples") for t in told]
         self._transposed = {str(n) for t in told for n in t.get("transposed", ())}
         self._keys = [_by_parameter(s) for s in self.all]
+        self._seen = {n for keys in self._keys for kind, n in keys if kind not in ELEMENTWISE}
 
     @classmethod
     def of(
@@ -127,6 +128,10 @@ class Measured:
         """As of checkpoints: None where it cannot be known."""
         inner = [s.identity() for s in self.all]
         return None if None in inner else f"{inner}"
+
+    def knows(self, name: str) -> bool:
+        """Whether there is a statistic of the weight's inputs or outputs, so that how it is stored was seen."""
+        return name in self._seen
 
     def transposed(self, name: str) -> bool:
         """Whether the weight is stored [in, out]."""

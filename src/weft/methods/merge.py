@@ -89,6 +89,7 @@ class Merge(Checkpoint):
         self._layers = count_layers(self._parts)
         self._pipelines: dict[str, Pipeline] = {}
         self._declared: dict[str, Pipeline] = {}
+        self._turned: dict[str, bool] = {}
         self._found: dict[tuple[str, int], Found] = {}
         self._held: dict[str, Held] = {}
         self._remembered: dict[str, dict[Any, Any]] = {}
@@ -141,8 +142,16 @@ class Merge(Checkpoint):
         block = block_of(name)
         layers = self._layers[block[0]] if block else max(self._layers.values(), default=1)
         shape, layer = self._parts[name].info.shape, block[1] if block else None
-        turned = self.measured is not None and self.measured.transposed(name)
+        turned = self.inputs_first(name)
         return At(name, shape, 0, self.seed, layer, layers, turned)
+
+    def inputs_first(self, name: str) -> bool:
+        """As statistics of the weight have it, else as the inputs say."""
+        if self.measured is not None and self.measured.knows(name):
+            return self.measured.transposed(name)
+        if name not in self._turned:
+            self._turned[name] = super().inputs_first(name)
+        return self._turned[name]
 
     def pipeline(self, name: str) -> Pipeline:
         """The steps that make one tensor, parameters resolved, in their simplest form for it."""

@@ -55,7 +55,7 @@ class At:
     layers: int = 1
     """Number of blocks of the model."""
     transposed: bool = False
-    """Whether the weight is stored [in, out]; known where there are statistics of it."""
+    """Whether the weight is stored [in, out]: by its statistics, its module, or its architecture."""
 
     @property
     def numel(self) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from weft.checkpoints.base import Checkpoint
 from weft.checkpoints.limits import shown
+from weft.checkpoints.orientation import CONV1D_MODELS
 from weft.checkpoints.quantised.grid import column_groups
 from weft.checkpoints.quantised.node import Part
 from weft.checkpoints.quantised.packing import unpack_words, word_count
@@ -25,9 +26,6 @@ from weft.errors import DataError
 
 _AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
 """Where in a word the code of each of eight columns lies: the inverse of the order they are packed in."""
-
-CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
-"""Models whose plain checkpoints hold linear weights as `[in, out]`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +117,7 @@ def find_columns(
     model: Checkpoint, quantisation: Mapping[str, Any], problems: list[str]
 ) -> dict[str, Columns]:
     """Every linear layer with a `qweight`; whether GPTQ or AWQ, its shapes tell."""
-    transposed = (model.config or {}).get("model_type") in CONV1D
+    transposed = (model.config or {}).get("model_type") in CONV1D_MODELS
     found = {}
     for name in model.tensors:
         module = name.removesuffix(".qweight")

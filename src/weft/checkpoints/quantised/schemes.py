@@ -13,8 +13,9 @@ import torch
 
 from weft.checkpoints.base import Checkpoint
 from weft.checkpoints.limits import shown
+from weft.checkpoints.orientation import CONV1D_MODELS
 from weft.checkpoints.quantised.bitsandbytes import find_blocks4
-from weft.checkpoints.quantised.columns import CONV1D, find_columns
+from weft.checkpoints.quantised.columns import find_columns
 from weft.checkpoints.quantised.experts import find_experts
 from weft.checkpoints.quantised.node import CONFIG_KEYS, Coded, Dequantised, stated_dtype
 from weft.checkpoints.quantised.packed import find_packed
@@ -56,7 +57,7 @@ def dequantised(model: Checkpoint) -> Checkpoint:
     problems: list[str] = []
     coded = _find(model, quantisation, problems)
     parts = {part for weight in coded.values() for part in weight.parts}
-    if method == "bitsandbytes" and config.get("model_type") in CONV1D:
+    if method == "bitsandbytes" and config.get("model_type") in CONV1D_MODELS:
         problems.append(
             f"bitsandbytes stores {config['model_type']}'s weights transposed, which weft does not undo"
         )
