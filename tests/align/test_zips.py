@@ -97,6 +97,12 @@ def test_mudsc_brings_a_permuted_copy_back_at_any_weight() -> None:
     for weight in (0.0, 0.5, 1.0):
         assert distance(mudsc(b, a, data, weight=weight).checkpoint, a, data) < 1e-6
         assert distance(mudsc(b, a, data, weight=weight).merged(), a, data) < 1e-5
+    c = weft.materialize(spec.apply(a, spec.random(2)), deepcopy(a))
+    assert distance(zip_models([a, b, c], data, weight=0.5).merged(), a, data) < 1e-5
     with pytest.raises(UsageError, match="weight must"):
         mudsc(b, a, data, weight=2)
+    with pytest.raises(UsageError, match="weight must"):
+        zip_models([a, b], data, weight=-1)
+    with pytest.raises(Problems, match="MuDSC's zip"):
+        zip_models([mlp(6, 8, 3), mlp(6, 5, 3)], vectors(), weight=0.5)
     assert rand(1).dtype == F64

@@ -29,12 +29,13 @@ from weft.errors import UsageError
 
 def merge_many(
     spec: PermutationSpec, models: Sequence[Any], *, seed: int = 0, rounds: int = 20, sweeps: int = 100,
-    memory: int | str | None = None,
+    memory: int | str | None = None, start: Sequence[Permutations] | None = None,
 ) -> list[dict[str, Tensor]]:  # fmt: skip
     """Each model, in an order drawn anew each round, is matched by weights to the mean of the others as they are
-    then, until a round moves none. Σ_{i<j} ⟨πᵢθᵢ, πⱼθⱼ⟩ never falls. Streams, as weight matching does."""
+    then, until a round moves none. Σ_{i<j} ⟨πᵢθᵢ, πⱼθⱼ⟩ never falls from what it is at `start` (the models as they
+    are, by default). Streams, as weight matching does."""
     sources = _several(spec, models)
-    found = [spec.identity() for _ in sources]
+    found = _begun(spec, sources, start)
     generator = torch.Generator().manual_seed(seed)
     for turn in range(rounds):
         moved = False
@@ -52,9 +53,12 @@ def merge_many(
 
 def c2m3(
     spec: PermutationSpec, models: Sequence[Any], *, seed: int = 0, tries: int = 1, steps: int = 200,
-    patience: int = 5, start: Sequence[Permutations] | None = None,
+    patience: int = 5, start: Sequence[Permutations] | None = None, polish: bool = True,
 ) -> list[dict[str, Tensor]]:  # fmt: skip
     """Permutations into a universe by Frank–Wolfe over doubly stochastic matrices, hardened at the end.
+
+    What is hardened need not be at a maximum any more: with `polish` (not in the paper) each model's groups are
+    then matched in turn to the mean of the others, as `merge_many` does, until f rises no more.
 
     Each step goes towards the permutations that the gradient favours most, as far as f rises; it ends after
     `patience` steps that gain less than a millionth. The first of `tries` begins at `start` (permutations of each
@@ -70,15 +74,15 @@ def c2m3(
         raise UsageError(f"tries and steps must be at least 1, not {tries} and {steps}")
     if not spec.movable:
         return [{} for _ in sources]
-    if start is not None and len(start) != len(sources):
-        raise UsageError(f"start must hold permutations for each of {len(sources)} models, not {len(start)}")
-    begun = [spec.complete(p) for p in start] if start is not None else [spec.identity() for _ in sources]
+    begun = _begun(spec, sources, start)
     soft = [softened(spec, p, torch.float64) for p in begun]
     best = float(shared(spec, states, soft)), begun
     generator = torch.Generator().manual_seed(seed)
     for attempt in range(tries):
         at = soft if attempt == 0 else [_central(spec, generator) for _ in states]
         hard = [hardened(spec, p) for p in _frank_wolfe(spec, states, at, steps, patience)]
+        if polish:
+            hard = merge_many(spec, sources, seed=seed, start=hard)
         reached = float(shared(spec, states, [softened(spec, p, torch.float64) for p in hard]))
         best = max(best, (reached, hard), key=lambda found: found[0])
     return best[1]
@@ -169,6 +173,14 @@ def _several(spec: PermutationSpec, models: Sequence[Any]) -> list[Checkpoint]:
     for source in sources:
         spec.check(source)
     return sources
+
+
+def _begun(
+    spec: PermutationSpec, sources: Sequence[Checkpoint], start: Sequence[Permutations] | None
+) -> list[dict[str, Tensor]]:
+    if start is not None and len(start) != len(sources):
+        raise UsageError(f"start must hold permutations for each of {len(sources)} models, not {len(start)}")
+    return [spec.complete(p) for p in start] if start is not None else [spec.identity() for _ in sources]
 
 
 def relating(spec: PermutationSpec, a: Permutations, b: Permutations) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from weft.align.activations import Watch, activations
+from weft.align.activations import Activations, Watch, activations
 from weft.align.apply import places, reorder
 from weft.align.correlate import Alignment, matched
 from weft.align.networks import Net, comparable, opened
@@ -45,14 +45,22 @@ def mudsc(
     target, source = opened([to, model], data, module=module, spec=spec, forward=forward)
     comparable([target, source], same_size="MuDSC")
     found = activations([target, source], data, watch=watch, samples=samples)
-    known = matched(found, "correlation")
+    return Alignment(target, source, settled(found, weight, sweeps=sweeps, seed=seed))
+
+
+def settled(
+    found: Activations, weight: float, other: int = 1, *, sweeps: int = 100, seed: int = 0
+) -> dict[str, Tensor]:
+    """The permutations of the `other` network towards the first one, where both were watched."""
+    target, source = found.nets[0], found.nets[other]
+    known = matched(found, "correlation", 0, other)
     both = [
         {n: net.checkpoint.tensor(n).double() for n in net.checkpoint if n in net.spec.axes}
         for net in (target, source)
     ]
 
     def score(group: str) -> Tensor | None:
-        acts = found.cross(group)
+        acts = found.cross(group, 0, other)
         own = correlation_of_weights(target, both[0], both[1], group, known) if weight else None
         if own is None or acts is None:
             return acts if own is None else own
@@ -78,7 +86,7 @@ def mudsc(
             idle += 1
         if idle >= IDLE or all(torch.equal(before[g], p) for g, p in known.items() if g in before):
             break
-    return Alignment(target, source, best)
+    return best
 
 
 def correlation_of_weights(

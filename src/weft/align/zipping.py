@@ -10,7 +10,7 @@ all of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -22,7 +22,8 @@ from weft.align.activations import Activations, Watch, activations
 from weft.align.cca import mixing_groups
 from weft.align.correlate import matched
 from weft.align.maps import Mix, transported
-from weft.align.networks import Net, opened
+from weft.align.mudsc import correlation_of_weights, settled
+from weft.align.networks import Net, comparable, opened
 from weft.align.solving import at_pairs
 from weft.align.spec import PermutationSpec
 from weft.align.terms import groups_in
@@ -33,6 +34,9 @@ from weft.checkpoints.base import Checkpoint
 from weft.checkpoints.lazy import Affine
 from weft.errors import Problems, UsageError, did_you_mean
 from weft.statistics.batches import Data, Forward
+
+Likeness = Callable[[str, int, int], Tensor | None]
+"""(group, i, j) → how alike the units of models i and j are, as they stand in the models."""
 
 
 @dataclass(frozen=True)
@@ -82,15 +86,17 @@ def _only(source: Checkpoint, names: frozenset[str], inside: bool) -> Checkpoint
 
 def zip_models(
     models: Sequence[Model], data: Data, *, private: str | Sequence[str] = (), repeat: float = 0.3,
-    budget: float = 1.0, watch: Watch = "read", samples: int | None = None,
+    budget: float = 1.0, weight: float = 0.0, watch: Watch = "read", samples: int | None = None,
     module: nn.Module | Sequence[nn.Module] | None = None, spec: PermutationSpec | None = None,
     forward: Forward | None = None,
 ) -> Zipped:  # fmt: skip
     """Zips two or more models over `data` (of all their tasks, without labels); the first one's widths are kept.
 
     `private`: patterns of tensors that stay each model's own. `repeat`: what similarity to a unit that is merged
-    already counts (0: nothing, 1: as ever). `budget`: the share of merges that may be within one model.
-    Heads, queries, keys, and units along tied tensors are permuted by correlation instead.
+    already counts (0: nothing, 1: as ever). `budget`: the share of merges that may be within one model. `weight`:
+    how much of the similarity is of weights, with neighbours in MuDSC's order (arXiv:2403.01753; models of one
+    width): worth trying wherever the tasks share no labels. Heads, queries, keys, and units along tied tensors are
+    permuted instead, by the same similarity.
 
     Raises Problems where shared and private tensors write into the same units (cut at another place), or where
     networks have other groups.
@@ -99,21 +105,30 @@ def zip_models(
         raise UsageError("a zip takes at least two models")
     if not 0 <= repeat <= 1 or not 0 <= budget <= 1:
         raise UsageError(f"repeat and budget must lie between 0 and 1, not {repeat} and {budget}")
+    if not 0 <= weight <= 1:
+        raise UsageError(f"weight must lie between 0 and 1, not {weight}")
     nets = opened(models, data, module=module, spec=spec, forward=forward)
     for other in nets[1:]:
         whole_groups(nets[0], other)
     own = _private(nets[0], private)
     groups = _shared(nets[0], own)
     _fits(nets, own, groups)
+    if weight:
+        comparable(nets, same_size="MuDSC's zip")
     found = activations(nets, data, watch=watch, samples=samples, groups=groups)
     mixing = mixing_groups(nets[0]).intersection(*(mixing_groups(n) for n in nets[1:]))
     whole = tuple(g for g in groups if g not in mixing)
     orders: list[dict[str, Tensor]] = [{}]
-    orders += [matched(found, "correlation", 0, i, whole) for i in range(1, len(nets))]
+    likeness: Likeness = lambda group, i, j: found.cross(group, i, j, "correlation")  # noqa: E731
+    if weight:
+        likeness, known = _with_weights(found, weight)
+        orders += [{g: p for g, p in order.items() if g in whole} for order in known[1:]]
+    else:
+        orders += [matched(found, "correlation", 0, i, whole) for i in range(1, len(nets))]
     maps: list[dict[str, Mix]] = [{} for _ in nets]
     for group in groups:
         if group in mixing:
-            for made, mix in zip(maps, _zip(found, group, orders, repeat, budget), strict=True):
+            for made, mix in zip(maps, _zip(nets, group, likeness, orders, repeat, budget), strict=True):
                 made[group] = mix
     return Zipped(tuple(nets), tuple(orders), tuple(maps), own)
 
@@ -160,16 +175,38 @@ def _fits(nets: Sequence[Net], private: frozenset[str], groups: Sequence[str]) -
         raise Problems("these shared tensors are of other lengths: make them private", problems)
 
 
+def _with_weights(found: Activations, weight: float) -> tuple[Likeness, list[dict[str, Tensor]]]:
+    """λ · correlation of weights + (1 − λ) · that of activations, and the order of each model's units behind it."""
+    first = found.nets[0]
+    known = [first.spec.identity()]
+    known += [settled(found, weight, other=i) for i in range(1, len(found.nets))]
+    values = [
+        {n: net.checkpoint.tensor(n).double() for n in net.checkpoint if n in net.spec.axes}
+        for net in found.nets
+    ]
+
+    def likeness(group: str, i: int, j: int) -> Tensor | None:
+        spec = first.spec
+        relative = spec.compose(spec.complete(known[j]), spec.inverse(spec.complete(known[i])))
+        of_weights = correlation_of_weights(first, values[i], values[j], group, relative)
+        of_activations = found.cross(group, i, j, "correlation")
+        if of_weights is None or of_activations is None:
+            return of_activations if of_weights is None else of_weights
+        return weight * of_weights + (1 - weight) * of_activations
+
+    return likeness, known
+
+
 def _zip(
-    found: Activations, group: str, orders: Sequence[Mapping[str, Tensor]], repeat: float, budget: float
-) -> list[Mix]:
+    nets: Sequence[Net], group: str, likeness: Likeness, orders: Sequence[Mapping[str, Tensor]],
+    repeat: float, budget: float,
+) -> list[Mix]:  # fmt: skip
     """The maps of one group, one a model; their `into` counts k-fold, since the merge is a mean over k models."""
-    nets, k = found.nets, len(found.nets)
-    rows = []
+    k, rows = len(nets), []
     for i in range(k):
         row = []
         for j in range(k):
-            s = found.cross(group, i, j, "correlation")
+            s = likeness(group, i, j)
             assert s is not None
             row.append(at_pairs(nets[0].spec, group, s, orders[j], orders[i]))
         rows.append(torch.cat(row, -1))
