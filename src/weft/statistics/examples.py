@@ -163,12 +163,14 @@ def together(
     `loss(parameters, *one)` is the loss of one example, given its slices of `tensors` [n, …].
     """
     from torch.func import grad, vmap
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in module.modules()):
         return None
     try:
         every = vmap(grad(loss), in_dims=(None, *[0] * len(tensors)), randomness="error")
-        found: dict[str, Tensor] = every(dict(parameters), *tensors)
+        with sdpa_kernel(SDPBackend.MATH):  # others have no rule for batches: example by example, with a warning
+            found: dict[str, Tensor] = every(dict(parameters), *tensors)
         return found
     except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, IndexError):
         return (
