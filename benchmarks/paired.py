@@ -19,12 +19,12 @@ from weft.bench.results import Results, Row, combined, half_interval, read
 from weft.bench.table import group
 
 
-def shares(results: Results, row: Row) -> list[tuple[float, float]]:
-    """(mean share of the experts, the worst task's), one pair a seed, in percent."""
-    found = []
-    for seed in results.seeds:
-        per = results.relative(row, seed).values()
-        found.append((100 * mean(per), 100 * min(per)))
+def shares(results: Results, row: Row) -> dict[int, tuple[float, float]]:
+    """Seed → (mean share of the experts, the worst task's), in percent."""
+    found = {}
+    for run in row.runs:
+        per = results.relative(row, run.seed).values()
+        found[run.seed] = 100 * mean(per), 100 * min(per)
     return found
 
 
@@ -44,13 +44,15 @@ def main() -> None:
     ours = results.row(name, how or None)
     own = shares(results, ours)
     print(f"{results.suite}, seeds {', '.join(map(str, results.seeds))}")
-    average, worst = (mean(s[i] for s in own) for i in (0, 1))
+    average, worst = (mean(s[i] for s in own.values()) for i in (0, 1))
     print(f"{title(ours)}: {average:.2f} % of the experts, worst task {worst:.2f} %")
     rows = [r for r in results.at() if r is not ours and (given.all or group(r) == "static")]
     for row in sorted(rows, key=results.normalised, reverse=True):
         theirs = shares(results, row)
-        by_mean, by_worst = ([a[i] - b[i] for a, b in zip(own, theirs, strict=True)] for i in (0, 1))
-        print(f"{title(row):38} {row.seen:11} mean {told(by_mean)}   worst {told(by_worst)}")
+        by_mean, by_worst = ([own[s][i] - theirs[s][i] for s in own if s in theirs] for i in (0, 1))
+        if by_mean:
+            both = f"mean {told(by_mean)}   worst {told(by_worst)}"
+            print(f"{title(row):38} {row.seen:11} {both}   {results.partly(row)}")
 
 
 if __name__ == "__main__":

@@ -314,8 +314,11 @@ def test_seeds_run_apart_are_combined(results: Results) -> None:
 
     rows = tuple(replace(r, runs=tuple(replace(m, seed=1) for m in r.runs)) for r in results.rows[:-1])
     both = combined([results, replace(results, rows=rows, seeds=(1,))])
-    assert both.seeds == (0, 1) and len(both.rows) == len(results.rows) - 1
+    assert both.seeds == (0, 1) and len(both.rows) == len(results.rows)
     assert both.rows[0].interval == pytest.approx(0) and len(both.rows[0].runs) == 2
+    alone = both.rows[-1]
+    assert both.partly(alone) == "seeds 0" and not both.partly(both.rows[0])
+    assert "seeds 0" in cells(both, alone)[1] and "· seeds 0" in page(both)
     some, rest = (replace(results, rows=results.rows[s]) for s in (slice(0, 6), slice(4, None)))
     assert [r.name for r in combined([some, rest]).rows] == [r.name for r in results.rows]
     with pytest.raises(UsageError, match="one suite"):

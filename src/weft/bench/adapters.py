@@ -135,6 +135,11 @@ def gram_of_both(setting: Setting, params: Params) -> Outcome:
     return merged(setting, METHODS["gram"], params, ("gram",))
 
 
+def woven(setting: Setting, params: Params) -> Outcome:
+    """weft's default on measured inputs."""
+    return merged(setting, METHODS["weave"], params, ("gram",))
+
+
 def aligned(setting: Setting, params: Params) -> Outcome:
     """Every model with its units in the order of the first's, then the mean."""
     import weft
@@ -271,6 +276,8 @@ ADAPTED: tuple[Contender, ...] = (
     contender("prodistill", "ProDistill", prodistilled, "learned", "unlabelled", {"steps": STEPS, "lr": 0.01}),
     contender("regmean_pp", "RegMean++", remeasured, "least squares", "unlabelled", base=False),
     contender("gram_data", "Gram, inputs and task vectors", gram_of_both, "least squares", "unlabelled",
+              tuned={"scale": MEANS}, fits=fits_always),
+    contender("weave_data", "weave, on inputs", woven, "least squares", "unlabelled",
               tuned={"scale": MEANS}, fits=fits_always),
     contender("aligned", "Aligned by weights, mean", aligned, "average", "none", base=False, fits=baseless),
     contender("linear_bn", "Mean + BatchNorm", reestimated("linear"), "calibrated", "unlabelled", base=False,

@@ -99,7 +99,8 @@ def _line(results: Results, row: Row, best: bool) -> str:
     hurt = sum(damaged.values()) / len(damaged) if damaged else None
     relative = results.normalised(row)
     kind = group(row)
-    texts = ((settings(row), settings(row)), (kind, kind), (row.seen, row.seen))
+    how = " · ".join(filter(None, [settings(row), results.partly(row)]))
+    texts = ((how, how), (kind, kind), (row.seen, row.seen))
     numbers: tuple[tuple[float | None, str], ...] = (
         (row.mean, number(results, row.mean) + interval),
         (relative, f"{100 * relative:.1f}"),

@@ -109,6 +109,10 @@ class Results:
     def sizes(self) -> list[int]:
         return sorted({r.size for r in self.rows})
 
+    def partly(self, row: Row) -> str:
+        """The seeds of a row that was not run with all of them, or an empty string."""
+        return "" if len(row.runs) == len(self.seeds) else f"seeds {', '.join(str(r.seed) for r in row.runs)}"
+
     def row(self, name: str, how: How | None = None, size: int | None = None) -> Row:
         """A row by name; the tuned one, where there are two, unless `how` says otherwise. KeyError without one."""
         found = [
@@ -178,7 +182,7 @@ class Results:
 
 
 def combined(parts: Sequence[Results]) -> Results:
-    """Runs of one suite as one: of the same seeds all rows, then over different seeds the rows that all have.
+    """Runs of one suite as one: of the same seeds all rows, then over different seeds what each row has of them.
 
     UsageError for different suites, or seeds that overlap in part.
     """
@@ -186,21 +190,19 @@ def combined(parts: Sequence[Results]) -> Results:
     for p in parts:
         seen = groups.get(p.seeds)
         groups[p.seeds] = p if seen is None else _together(seen, p)
-    first, *others = groups.values()
+    first, *others = sorted(groups.values(), key=lambda p: p.seeds)
     seeds = [s for p in (first, *others) for s in p.seeds]
     if any(p.suite != first.suite for p in parts) or len(set(seeds)) < len(seeds):
         raise UsageError("results are combined that are of one suite, of the same seeds or of others")
-    rows = []
-    for row in first.rows:
-        same = [next((r for r in p.rows if _same(r, row)), None) for p in others]
-        if None not in same:
-            rows.append(
-                replace(row, runs=(*row.runs, *(run for r in same if r is not None for run in r.runs)))
-            )
+    rows: dict[tuple[str, str, int], Row] = {}
+    for row in (r for p in (first, *others) for r in p.rows):
+        known = rows.setdefault((row.name, row.how, row.size), row)
+        if known is not row:
+            rows[row.name, row.how, row.size] = replace(known, runs=(*known.runs, *row.runs))
     return replace(
-        first, rows=tuple(rows), seeds=tuple(seeds), seconds=sum(p.seconds for p in parts),
+        first, rows=tuple(rows.values()), seeds=tuple(seeds), seconds=sum(p.seconds for p in parts),
         command="; ".join(dict.fromkeys(p.command for p in parts)),
-        skipped={k: v for p in parts for k, v in p.skipped.items()},
+        skipped={k: v for p in parts for k, v in p.skipped.items() if not any(k == n for n, _, _ in rows)},
     )  # fmt: skip
 
 

@@ -64,7 +64,7 @@ def cells(results: Results, row: Row) -> tuple[str, ...]:
     how = settings(row) or ("default" if row.how == "fixed" else "")
     return (
         row.label,
-        f"{how} (tuned)" if row.how == "tuned" else how,
+        " · ".join(filter(None, [f"{how} (tuned)" if row.how == "tuned" else how, results.partly(row)])),
         row.seen,
         show(row.mean),
         show(row.interval),

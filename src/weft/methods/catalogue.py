@@ -33,6 +33,7 @@ from weft.methods import (
     tsv,
     ubgm,
     varm,
+    weave,
     wudi,
 )
 
@@ -69,5 +70,6 @@ __all__ = [
     "tsv",
     "ubgm",
     "varm",
+    "weave",
     "wudi",
 ]

@@ -169,7 +169,9 @@ def together(
         return None
     try:
         every = vmap(grad(loss), in_dims=(None, *[0] * len(tensors)), randomness="error")
-        with sdpa_kernel(SDPBackend.MATH):  # others have no rule for batches: example by example, with a warning
+        with sdpa_kernel(
+            SDPBackend.MATH
+        ):  # others have no rule for batches: example by example, with a warning
             found: dict[str, Tensor] = every(dict(parameters), *tensors)
         return found
     except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, IndexError):

@@ -30,7 +30,7 @@ TEST, DAMAGED = 400, 64
 BASE = Fit(epochs=30, lr=1e-3, smoothing=0.1)
 EXPERT = Fit(epochs=5, lr=5e-4, smoothing=0.1)
 """Epochs of a task that has SIZES["train"] images; one that has fewer sees them more often."""
-JOINT = Fit(epochs=2, lr=5e-4, smoothing=0.1)
+JOINT = Fit(epochs=1, lr=5e-4, smoothing=0.1)
 
 
 @dataclass(frozen=True)
