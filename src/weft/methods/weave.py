@@ -43,7 +43,8 @@ def flattened(t: Tensor, power: float) -> Tensor:
         return t
     u, s, vh = u[:, kept], s[kept], vh[kept]
     raised = (s / s[0]) ** power  # over the largest, so that no power leaves the range
-    return (u * (raised * (s.norm() / raised.norm()))) @ vh
+    made: Tensor = (u * (raised * (s.norm() / raised.norm()))) @ vh
+    return made
 
 
 @method(space="deltas", paper="", needs=("gram?",))
