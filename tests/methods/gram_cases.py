@@ -124,8 +124,23 @@ def ref_ace(x, w=(1, 1, 1), eps=0.01, limit=0.3, share=0.3, prior=True):
     return merged
 
 
+def ref_cat(x, w=(1, 1, 1), own=5.0, directions=2, scale=1.0):
+    """Σ wₖ (I − BₖBₖᵀ) τₖ, Bₖ of the positive leading eigenvalues of τₖ (Σ_{i≠k} Gᵢ − λGₖ) τₖᵀ."""
+    g = known(x, "gram")["gram"]
+    total = np.zeros_like(x[0])
+    for k, t in enumerate(x):
+        values, v = eigh(t @ (sum(g[i] for i in range(len(x)) if i != k) - own * g[k]) @ t.T)
+        b = v[:, [j for j in range(len(values))[::-1][:directions] if values[j] > 0]]
+        total += w[k] * (t - b @ b.T @ t)
+    return scale * total
+
+
 U = [0.7, 0.3, 1.1]
 GRAM = [
+    ("cat", {}, ref_cat),
+    ("cat", {"weight": [0.7, -0.3, 1.1], "own": 0.5, "directions": 1, "scale": 0.4},
+     lambda x: ref_cat(x, (0.7, -0.3, 1.1), 0.5, 1, 0.4)),
+    ("cat", {"own": 0.0, "directions": 5}, lambda x: ref_cat(x, own=0.0, directions=5)),
     ("regmean", {}, ref_regmean),
     ("regmean", {"weight": U, "off_diagonal": 0.5}, lambda x: ref_regmean(x, U, 0.5)),
     ("regmean", {"off_diagonal": 1.0}, lambda x: ref_regmean(x, keep=1.0)),

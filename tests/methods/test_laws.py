@@ -22,9 +22,9 @@ SYMMETRIC = {"linear", "task_arithmetic", "ties", "magnitude", "breadcrumbs", "b
              "ram_plus", "magmax", "fisher", "fisher_nodes", "ubgm", "mats", "aim", "tsv",
              "iso_c", "iso_cts", "dc_merge", "star", "cart", "knots", "core_space", "esm", "svc",
              "subspace_boosting", "regmean", "lot", "wudi", "swudi", "swudi_a", "actmat", "gram",
-             "ace", "weave"}  # fmt: skip
+             "ace", "weave", "cat"}  # fmt: skip
 SPECTRAL = {"tsv", "tsv_c", "iso_c", "iso_cts", "dc_merge", "star", "knots", "core_space", "esm",
-            "subspace_boosting", "swudi", "swudi_a", "wudi", "ace", "weave"}  # fmt: skip
+            "subspace_boosting", "swudi", "swudi_a", "wudi", "ace", "weave", "cat"}  # fmt: skip
 """Methods that change singular values and keep directions, not signs of entries; see test_spectral.py."""
 NO_NEGATIVE_WEIGHTS = {"regmean", "lot", "wudi", "swudi", "swudi_a", "actmat", "gram", "ace", "weave"}
 """Least squares, which have no least with a negative weight."""

@@ -319,6 +319,7 @@ ELSEWHERE = {
     "scope": "test_streaming.py::test_scope",
     "tie": "test_laws.py::test_tie",
     "select_of": "test_laws.py::test_select_of",
+    "entries": "test_cat.py::test_scales_by_inputs_and_shifts_by_size",
     "diagonal": "test_gram.py::test_tables_and_scales_by_their_diagonal",
     "outside": "test_spectral.py::test_outside_the_blocks",
     "clip": "test_spectral.py::test_rank_is_told_from_rounding",

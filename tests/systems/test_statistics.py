@@ -101,6 +101,16 @@ def test_regression_on_inputs_needs_no_labels_and_comes_close_to_the_experts(kno
         assert one.score(weft.merge(one.world.all, "swudi_a", base=one.world.base)) > experts - 0.08
 
 
+def test_task_vectors_disturb_each_other_less_when_trimmed_by_what_the_others_see(known: list[Known]) -> None:
+    """CAT Merging, against the plain sum."""
+    gains = []
+    for one in known:
+        for scale in (0.5, 1.0):
+            plain = one.score(weft.merge(one.world.all, "task_arithmetic", base=one.world.base, scale=scale))
+            gains.append(one.score(one.merged("cat", scale=scale)) - plain)
+    assert min(gains) > -0.002 and sum(gains) / len(gains) > 0.01 and max(gains) > 0.05
+
+
 def test_inputs_that_the_merged_model_makes_are_the_better_ones(known: list[Known]) -> None:
     """RegMean++ is not below RegMean and above it on average; IterIS is above both."""
     gains, further = [], []

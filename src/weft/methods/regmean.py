@@ -8,7 +8,7 @@ measured Gram matrices. RegMean keeps the mean of the models where no model has 
 fails on a singular matrix (one dead input feature is enough) or, with fewer samples than inputs, returns noise. LOT
 keeps the base, as its pseudo-inverse does; of all Δ that fit equally well this takes the smallest in units of each
 input's size, the paper the smallest as it is (the same wherever ΣGᵢ is regular). LOT's formula was derived from its
-objective, Σ ‖Xᵢ(Δ − τᵢ)‖², not read from its code. Biases get the mean.
+objective, Σ ‖Xᵢ(Δ − τᵢ)‖²; a re-implementation agrees. Biases get the mean.
 
 RegMean's α is 0.9 in the paper (0.1 for T5); re-implementations use 0.95 for CLIP and 0.6 for GPT-2. The smaller it
 is, the fewer examples are enough.
