@@ -83,7 +83,7 @@ FAMILIES = {
     "iso_cts": "spectral", "dc_merge": "spectral", "esm": "spectral", "cart": "spectral", "star": "spectral",
     "knots": "spectral", "svc": "spectral", "fisher": "least squares", "fisher_nodes": "least squares",
     "ubgm": "least squares", "mats": "least squares", "regmean": "least squares",
-    "regmean_pp": "least squares", "lot": "least squares",
+    "regmean_pp": "least squares", "lot": "least squares", "cat": "least squares",
     "gram": "least squares", "weave": "least squares", "wudi": "least squares", "swudi": "least squares",
     "swudi_a": "least squares", "actmat": "least squares", "aim": "elementwise",
     "tall_masks": "keeps experts", "emr": "keeps experts", "tsv_c": "keeps experts",

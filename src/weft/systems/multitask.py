@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from weft.systems import System
+
+if TYPE_CHECKING:
+    from weft.bench.results import Results
+    from weft.bench.suite import Suite
+
+RECIPES = ("linear", "task_arithmetic", "ties", "adamerging", "concrete", "surgery")
+"""The survey's multi-task learners by merging, with the average that they are compared with."""
+
+
+def multitask(suite: str | Suite, *, seeds: int = 1, samples: int = 64, tune: bool = False) -> Results:
+    """Mergers as multi-task learners: one encoder of all experts, heads as the suite tells them.
+
+    Accuracy by task and in the mean, over that of the task's own expert (`results.normalised(row)`), with what each
+    recipe saw of the data and how many parameters it takes. AdaMerging and Concrete learn on test inputs.
+    Settings are the published ones, as in the survey's tables; `tune` adds what validation labels would choose.
+    """
+    from weft.bench.run import bench
+
+    return bench(suite, RECIPES, seeds=seeds, samples=samples, tune=tune)
+
 
 ROUTED = "tests/systems/test_routing_systems.py::"
 
 SYSTEMS = (
     System("S59", "MTL by TA / TIES / AdaMerging / Concrete / Surgery", "2.4.2.1", "study",
            "Tang et al., FusionBench, arXiv:2406.03280",
-           "The protocol by which mergers of section 2.2 are compared as multi-task learners."),
+           "The protocol by which mergers of section 2.2 are compared as multi-task learners.",
+           entry="weft.systems.multitask:multitask",
+           test="tests/systems/test_multitask.py::test_merging_makes_multi_task_learners_in_the_known_order"),
     System("S60", "ZipIt! for MTL", "2.4.2.1", "alignment", "Stoica et al., ICLR 2024, arXiv:2305.03053",
            "Zips correlated features of models of different tasks and starts, up to a layer.",
            entry="weft.align.zipping:zip_models",
