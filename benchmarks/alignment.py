@@ -3,6 +3,8 @@
     python benchmarks/alignment.py barriers [--data mnist,fashion_mnist] [--width 512] [--pairs 3] [--only …]
     python benchmarks/alignment.py speed [--layers 22] [--memory 1GiB]
     python benchmarks/alignment.py zip [--data mnist] [--width 512] [--pairs 3]
+    python benchmarks/alignment.py many [--data mnist] [--width 256] [--models 3] [--groups 5]
+    python benchmarks/alignment.py repair [--data cifar10_jpeg,gtsrb] [--nets vgg,vgg-plain,resnet20 or lenet]
     python benchmarks/alignment.py fusion [--width 256] [--other 400] [--pairs 3]
 
 `barriers` trains pairs of networks (two or three hidden layers, ReLU, AdamW with weight decay 0.5, one cycle, from
@@ -11,7 +13,9 @@ images, between the original networks, before and after each way to match them. 
 training images only. `speed` takes the time of weight matching for ResNet-20, MLPs of width 1024, and a transformer
 of TinyLlama's shape on disk, against itself in another order with noise (2.2 GB three times in `--place`), with the
 process's CPU time, its peak memory, and how much of that is its own rather than mapped files. `zip`
-makes one trunk of two networks that know other labels, `fusion` one network of two of other widths (zips.py).
+makes one trunk of two networks that know other labels, `fusion` one network of two of other widths (zips.py);
+`many` brings three or more into one order and averages them (many.py);
+`repair` matches and repairs convolutional networks (repaired.py).
 """
 
 from __future__ import annotations
@@ -32,6 +36,8 @@ import torch
 from torch import Tensor, nn
 
 import weft
+from many import many
+from repaired import repaired
 from weft.analysis.barrier import barrier
 from weft.analysis.network import Network
 from zips import fused, zipped
@@ -265,18 +271,32 @@ def main() -> None:
     fast.add_argument("--place", default=None, help="where its files go")
     fast.add_argument("--verbose", action="store_true")
     fast.set_defaults(run=speed)
-    zips, fusion = ways.add_parser("zip"), ways.add_parser("fusion")
+    zips, fusion, several = (ways.add_parser(n) for n in ("zip", "fusion", "many"))
+    several.set_defaults(run=many)
+    several.add_argument("--models", type=int, default=3)
+    several.add_argument("--groups", type=int, default=5)
+    several.add_argument(
+        "--tries", type=int, default=4, help="of C2M3, the first from the models as they are"
+    )
     zips.set_defaults(run=zipped)
     fusion.add_argument("--other", type=int, default=400)
     fusion.set_defaults(run=fused)
-    for one, width in ((zips, 512), (fusion, 256)):
+    mended = ways.add_parser("repair")
+    mended.set_defaults(run=repaired)
+    mended.add_argument("--data", default="cifar10_jpeg,gtsrb")
+    mended.add_argument("--nets", default="vgg,vgg-plain,resnet20")
+    mended.add_argument("--width", type=int, default=32)
+    mended.add_argument("--pairs", type=int, default=1)
+    mended.add_argument("--epochs", type=int, default=8)
+    for one, width in ((zips, 512), (fusion, 256), (several, 256)):
         one.add_argument("--data", default="mnist")
         one.add_argument("--width", type=int, default=width)
         one.add_argument("--depth", type=int, default=2)
-        one.add_argument("--pairs", type=int, default=3)
+        if one is not several:
+            one.add_argument("--pairs", type=int, default=3)
         one.add_argument("--epochs", type=int, default=5)
         one.add_argument("--decay", type=float, default=0.5)
-    for one in (of, fast, zips, fusion):
+    for one in (of, fast, zips, fusion, several, mended):
         one.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows = options.run(options)

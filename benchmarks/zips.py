@@ -55,8 +55,10 @@ def zipped(options: argparse.Namespace) -> list[dict[str, Any]]:
                 trunk = {n: (t + y[n]) / 2 for n, t in x.items()}
                 return [trunk | {n: t for n, t in s.items() if n.startswith(head)} for s in (x, y)]
 
-            def zips(private: list[str], a: nn.Module = a, b: nn.Module = b, few: Any = few) -> list[Any]:
-                return weft.align.zip_models([a, b], few, private=private).checkpoints
+            def zips(
+                private: list[str], weight: float = 0.0, a: nn.Module = a, b: nn.Module = b, few: Any = few
+            ) -> list[Any]:
+                return weft.align.zip_models([a, b], few, private=private, weight=weight).checkpoints
 
             later = [f"{2 * i}.*" for i in range(1, options.depth + 1)]
             ways = {
@@ -66,6 +68,7 @@ def zipped(options: argparse.Namespace) -> list[dict[str, Any]]:
                     weft.align(b, to=a, how="correlation", data=few)
                 ),
                 "zip": lambda head=head: zips([f"{head}*"]),
+                "zip, half by weights": lambda head=head: zips([f"{head}*"], 0.5),
                 "zip of the first layer": lambda later=later: zips(later),
             }
             for how, make in ways.items():

@@ -95,6 +95,8 @@ def test_no_round_lowers_what_the_models_share() -> None:
     many = merge_many(spec, nets)
     assert f(c2m3(spec, nets, start=many)) >= f(many)  # a start is never made worse
     assert f(c2m3(spec, nets, tries=3)) >= f(c2m3(spec, nets))
+    assert f(c2m3(spec, nets, polish=True)) >= f(c2m3(spec, nets))
+    assert f(merge_many(spec, nets, start=c2m3(spec, nets))) >= f(c2m3(spec, nets))
     pairs = sum(
         float((a[n] * b[n]).sum())
         for i, a in enumerate(states) for b in states[i + 1 :] for n in a

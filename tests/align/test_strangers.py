@@ -32,9 +32,12 @@ class LeNet(nn.Module):
         return self.fc3(torch.relu(self.fc2(torch.relu(self.fc1(x)))))  # type: ignore[no-any-return]
 
 
-def test_weights_of_strangers_are_put_in_one_order() -> None:
+def test_weights_of_strangers_are_put_in_one_order_and_their_mean_is_repaired() -> None:
     images = np.load(DATA / "vision" / "cifar10_jpeg.npz")
-    x = torch.from_numpy(images["x_test"][:1000]).float().permute(0, 3, 1, 2) / 127.5 - 1
+    x, seen = (
+        torch.from_numpy(images[f"x_{part}"][:1000]).float().permute(0, 3, 1, 2) / 127.5 - 1
+        for part in ("test", "train")
+    )
     module = LeNet()
     net = Network(module, (x, torch.from_numpy(images["y_test"][:1000]).long()))
     spec = discover(module, x[:2])
@@ -46,6 +49,11 @@ def test_weights_of_strangers_are_put_in_one_order() -> None:
     models = [weft.load(f) for f in FILES]
     assert min(map(accuracy, models)) > 0.5
     for a, b in ((models[0], models[1]), (models[2], models[3])):
-        assert accuracy(a, weft.align(b, to=a, spec=spec)) > accuracy(a, b) + 0.07
+        moved = weft.align(b, to=a, spec=spec)
+        assert accuracy(a, moved) > accuracy(a, b) + 0.07
+        mended = weft.calibrate(mean([a, moved]), [seen], "repair", parents=[a, moved], module=module)
+        repaired = 1 - net.measure_module(mended.module).error  # type: ignore[operator]
+        assert repaired > accuracy(a, moved) + 0.05
+        assert repaired > (accuracy(a) + accuracy(b)) / 2 - 0.12
     orders = merge_many(spec, models)
     assert accuracy(*models) < 0.15 < accuracy(*map(spec.apply, models, orders))

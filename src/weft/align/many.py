@@ -53,7 +53,7 @@ def merge_many(
 
 def c2m3(
     spec: PermutationSpec, models: Sequence[Any], *, seed: int = 0, tries: int = 1, steps: int = 200,
-    patience: int = 5, start: Sequence[Permutations] | None = None, polish: bool = True,
+    patience: int = 5, start: Sequence[Permutations] | None = None, polish: bool = False,
 ) -> list[dict[str, Tensor]]:  # fmt: skip
     """Permutations into a universe by Frank–Wolfe over doubly stochastic matrices, hardened at the end.
 
