@@ -13,11 +13,13 @@ from weft.align.apply import Places, gathered, reorder
 from weft.align.spec import PermutationSpec
 from weft.checkpoints.base import Checkpoint
 from weft.checkpoints.dtypes import is_mergeable
-from weft.engine.budget import default_memory, parse_size, show_size
+from weft.engine.budget import Frugal, default_memory, parse_size, show_size
 from weft.errors import DataError, DataProblems, UsageError
 
 STATISTICS = ("*running_mean", "*running_var")
 """BatchNorm's running statistics: no weights, so they say nothing of which unit is which."""
+BLOCK = 1 << 17
+"""Larger blocks (of 8 bytes an element) go back to the system when they are freed."""
 COPIES = 6
 """Of the larger tensor of two in float32: both, b in its order, both unfolded, and the products."""
 
@@ -59,6 +61,8 @@ class Pair:
         self._kept: dict[str, tuple[Tensor, Tensor]] | None = None
         if 2 * sum(self._size.values()) <= self.memory // 2:
             self._kept = {}
+        else:
+            Frugal(BLOCK)  # tensors of many sizes come and go, and what is kept between them would add up
         for source in (a, b):
             source.survey()
 

@@ -23,6 +23,7 @@ MATCHERS = {
     "sinkhorn": "weft.align.sinkhorn:sinkhorn_matching",
     "annealing": "weft.align.annealing:annealed",
     "deep": "weft.align.deep:deep_matching",
+    "rotations": "weft.align.turning:rotation_matching",
 }
 """Ways to match: functions `(spec, a, b, **options)` that give permutations of b, or a checkpoint that fits a."""
 RUNNERS = {
@@ -46,8 +47,9 @@ def align(
     """`b` with its units in the order in which it fits `to`: a lazy checkpoint that computes what b computes.
 
     `b`, `to`: anything `weft.load` takes. `how`: weights, ste, sinkhorn, annealing, deep (with `network`, a trained
-    aligner or its file), activations, correlation, mudsc, cca, ot, transformers (the last three also mix units,
-    which changes what b computes), or a function of `(spec, a, b, **options)`, such as a trained aligner;
+    aligner or its file), rotations (and scales, with permutations), activations, correlation, mudsc, cca, ot,
+    transformers (the last three also mix units, which changes what b computes), or a function of
+    `(spec, a, b, **options)`, such as a trained aligner;
     `options` are the matcher's. `data` are for those that need them: (inputs, targets)
     or batches for ste, annealing and sinkhorn, inputs for those after them. The symmetries are those of `spec`
     (or a file of one), else of `module`, else of `to` itself, if it is a module or has the config of a
@@ -72,6 +74,8 @@ def align(
         options["data"] = data
     elif data is not None:
         raise UsageError(f"how={how!r} goes by the weights alone: leave data= away, or choose another way")
+    running = {"module": module, "example_inputs": example_inputs}
+    options |= {k: v for k, v in running.items() if k in known}
     wrong = [
         o for o in options if o not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values())
     ]

@@ -220,7 +220,7 @@ class Ascent:
         for view in self._views(root, at):
             for a, b in self.tensors.blocks(view.name, view.where, view.units.axis):
                 x, y = view.units.of(a).reshape(n, -1), view.units.of(b).reshape(n, -1)
-                score += (x @ y.T).double()
+                score += x @ y.T  # widened on the way
                 scale += float(x.norm()) * float(y.norm())
         return score, scale
 

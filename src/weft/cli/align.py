@@ -21,8 +21,8 @@ def align(
     how: Annotated[
         str,
         typer.Option(
-            help="weights, ste, sinkhorn, annealing, deep (--set network=FILE), activations, correlation, "
-            "mudsc, cca, ot or transformers."
+            help="weights, ste, sinkhorn, annealing, deep (--set network=FILE), rotations, activations, "
+            "correlation, mudsc, cca, ot or transformers."
         ),
     ] = "weights",
     module: Annotated[
