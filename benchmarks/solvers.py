@@ -13,9 +13,10 @@ reads safetensors files of float32 and writes one:
                rank, since FusionBench takes null directions for real ones
 
 Seconds are wall and CPU time of the merge without imports, memory is the process's peak of its own (anonymous)
-memory above what it holds after its imports; files that a side maps do not count, though weft maps none. The
-difference is the largest relative Frobenius distance of an update. A row is kept in --rows as soon as it is
-measured, and not measured again; --folder keeps the experts (8 GB for both ranks).
+memory above what it holds after its imports. Weights that a side maps from files do not count, though weft maps
+none; Gram matrices are in memory, where FusionBench's hooks leave them. The difference is the largest relative
+Frobenius distance of an update. A row is kept in --rows as soon as it is measured, and not measured again;
+--folder keeps the experts (8 GB for both ranks).
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def loaded(folder: Path, method: str, experts: int) -> tuple[dict[str, Tensor], 
     return (
         load_file(folder / "base.safetensors"),
         [load_file(folder / f"expert{i}.safetensors") for i in range(experts)],
-        [load_file(f) for f in known] if method == "regmean" else [],
+        [{n: g.clone() for n, g in load_file(f).items()} for f in known] if method == "regmean" else [],
     )
 
 

@@ -24,6 +24,8 @@ from weft.cli.learn import app as learn_app
 from weft.cli.lora import app as lora_app
 from weft.cli.measure import app as measure_app
 from weft.cli.moe import app as moe_app
+from weft.cli.remeasuring import app as remeasuring_app
+from weft.cli.route import app as route_app
 from weft.cli.tokens import app as tokens_app
 
 app = typer.Typer(
@@ -271,6 +273,8 @@ app.add_typer(analyze_app)
 app.add_typer(calibrate_app)
 app.add_typer(bench_app)
 app.add_typer(measure_app)
+app.add_typer(remeasuring_app)
+app.add_typer(route_app)
 app.add_typer(learn_app)
 app.add_typer(tokens_app)
 app.add_typer(lora_app)
