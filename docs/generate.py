@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -128,12 +129,17 @@ def systems_page() -> str:
 def results_page(folder: Path) -> str:
     """The tables and drawings of `weft bench`'s results in the folder, files of one suite as one."""
     out = [
-        "# Results of the benchmark", "",
+        "---", "hide: [toc]", "---", "", "# Results of the benchmark", "",
         "Made from `docs/bench/*.json`, which hold the figures of runs of [`weft bench`](bench.md): how "
         "to read the tables is said there.", "",
     ]  # fmt: skip
     style = (Path(__file__).parents[1] / "src/weft/bench/page.css").read_text(encoding="utf-8")
-    variables = ":root { --ink: currentColor; --muted: #777; --line: #8884; }"
+    variables = (
+        ":root { --ink: currentColor; --muted: #777; --line: #8884; }\n"
+        # wide tables: what the theme gives a cell would push half of the columns out of sight
+        ".md-typeset table:not([class]) th, .md-typeset table:not([class]) td "
+        "{ min-width: 0; padding: .25em .6em; white-space: nowrap; }"
+    )
     out += [f"<style>{variables}\n{style}</style>".replace("\n\n", "\n"), ""]
     suites: dict[str, list[Results]] = {}
     for path in sorted(folder.glob("*.json")):
@@ -145,13 +151,10 @@ def results_page(folder: Path) -> str:
 
 
 def _results(results: Results) -> list[str]:
-    facts = [
-        f"`{results.command}`",
-        results.machine,
-        results.date,
-        f"seeds {', '.join(map(str, results.seeds))}",
-    ]
+    facts = [results.machine, results.date, f"seeds {', '.join(map(str, results.seeds))}"]
     out = [f"## {results.suite}", "", cell(results.about), "", "; ".join(f for f in facts if f) + ".", ""]
+    commands = "".join(f"<br><code>{escape(c)}</code>" for c in results.command.split("; "))
+    out += [f"<details><summary>the command</summary>{commands}</details>", ""]
     for size in reversed(results.sizes):
         if len(results.sizes) > 1:
             out += [f"### {results.suite}: {size} tasks", ""]

@@ -87,7 +87,7 @@ def propose(seen: Look, data: Data = "none") -> Advice:
     if max(seen.norms, default=0.0) > FAR:
         far = max(seen.norms)
         warnings.append(f"a task vector is {far:.1f} times as long as the base: is this really the base?")
-    written = _recipe(seen, method, params) if method != "align" else ""
+    written = _recipe(seen, method, params, data) if method != "align" else ""
     return Advice(
         seen, method, params, tuple(reasons), written, tuple(_commands(seen, method, params, data)),
         _cost(seen, method), tuple(instead), tuple(warnings),
@@ -133,16 +133,18 @@ def _method(seen: Look, data: Data) -> tuple[str, dict[str, Any], list[str], lis
             "a few dozen inputs a task give Gram matrices, and with them the merge that is best layer by layer"
         )
         reasons.append(
-            "with 32 inputs a task and the task vectors as a prior: the best static merge of docs/bench.md"
+            "with 32 inputs a task, the task vectors as a prior and an even spectrum: weft's default (docs/bench.md)"
         )
-        return "gram", {}, reasons, [
-            "regmean, the published method; tsv or swudi_a, which need no data", *_routing(seen),
+        return "weave", {}, reasons, [
+            "gram, the same without the last step; regmean, the published method; tsv or swudi_a, without data",
+            *_routing(seen),
         ]  # fmt: skip
     reasons.append(
-        "without data, least squares against the task vectors themselves keep each where it matters"
+        "without data, least squares against the task vectors themselves keep each where it matters; an evened "
+        "spectrum needs no tuned scale (docs/bench.md)"
     )
-    return "swudi_a", {}, reasons, [
-        "tsv or iso_c, the spectral methods; task_arithmetic, the simplest: compare them with `weft search`",
+    return "weave", {}, reasons, [
+        "swudi_a; tsv or iso_c, the spectral methods; task_arithmetic, the simplest: `weft search` compares them",
         *_routing(seen),
     ]  # fmt: skip
 
@@ -172,27 +174,27 @@ def _routing(seen: Look) -> list[str]:
     ]
 
 
-def _recipe(seen: Look, method: str, params: dict[str, Any]) -> str:
+def _recipe(seen: Look, method: str, params: dict[str, Any], data: Data) -> str:
     from weft.methods.registry import METHODS
 
     uses_base = seen.base is not None and METHODS[method].base != "forbidden"
-    statistics = _measured(method)
+    statistics = _measured(method, data)
     models: list[Any] = [
         {"model": m, "statistics": folder} if statistics else {"model": m}
         for m, folder in zip(seen.models, _folders(seen), strict=True)
     ]
-    data: dict[str, Any] = {"merge_method": method}
+    recipe: dict[str, Any] = {"merge_method": method}
     if uses_base:
-        data["base_model"] = seen.base
-    data["models"] = models
+        recipe["base_model"] = seen.base
+    recipe["models"] = models
     if params:
-        data["parameters"] = params
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+        recipe["parameters"] = params
+    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
 
 
-def _measured(method: str) -> bool:
+def _measured(method: str, data: Data) -> bool:
     """Whether the recipe names statistics of every model."""
-    return method in ("regmean", "gram")
+    return method == "regmean" or (method == "weave" and data != "none")
 
 
 def _folders(seen: Look) -> list[str]:
@@ -205,7 +207,7 @@ def _commands(seen: Look, method: str, params: dict[str, Any], data: Data) -> li
         a, *others = seen.models
         return [f"weft align {b} --to {a}" for b in others] + ["weft advise the results again"]
     made = []
-    if _measured(method):
+    if _measured(method, data):
         made += [
             f"weft measure {m} {f} --what gram --samples 64 --data PKG:INPUTS_OF_{i}"
             for i, (m, f) in enumerate(zip(seen.models, _folders(seen), strict=True), 1)
