@@ -133,7 +133,7 @@ def _method(seen: Look, data: Data) -> tuple[str, dict[str, Any], list[str], lis
             "a few dozen inputs a task give Gram matrices, and with them the merge that is best layer by layer"
         )
         reasons.append(
-            "with 32 inputs a task, the task vectors as a prior and an even spectrum: weft's default (docs/bench.md)"
+            "with 32 inputs a task, task vectors as a prior and an even spectrum: weft's default (docs/bench.md)"
         )
         return "weave", {}, reasons, [
             "gram, the same without the last step; regmean, the published method; tsv or swudi_a, without data",

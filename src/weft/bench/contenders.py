@@ -22,7 +22,7 @@ Params = Mapping[str, Any]
 
 SUMS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 """Scales to try where task vectors are added up."""
-MEANS = (0.3, 0.6, 1.0, 1.5, 2.0, 3.0, 4.0)
+MEANS = (0.1, 0.3, 0.6, 1.0, 1.5, 2.0, 3.0, 4.0)
 """Scales to try where they are averaged, mostly dropped, or made as long as one of them."""
 
 
