@@ -250,3 +250,9 @@ def test_networks_of_other_depth_and_width_fuse_without_training() -> None:
         assert right(fused, test) > right(unmatched, test) + 0.15
         tuned = fitted(fused, data, 1, 1e-3, seed)
         assert right(tuned, test) > right(small, test) - 0.01
+        zipped = cla_fusion(small, big, [data[0]], samples=300, units="zip")  # the alike with the alike
+        assert right(weft.materialize(zipped.merged(), copy.deepcopy(big)), test) > right(small, test) - 0.02
+        short = cla_fusion(small, big, [data[0]], samples=300, balance="merge")  # two of its four layers away
+        assert right(short.balanced, test) > right(big, test) - 0.03
+        tuned = fitted(weft.materialize(short.merged(), copy.deepcopy(small)), data, 1, 1e-3, seed)
+        assert right(tuned, test) > right(small, test) - 0.02

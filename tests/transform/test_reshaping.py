@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import weft
 from weft.errors import DataError, Problems, UsageError
-from weft.transform import deepened, widened
+from weft.transform import deepened, shortened, widened
 from weft.transform.heterogeneous import cla_fusion
 from weft.transform.layers import costs, ends_of, increasing
+from weft.transform.shorten import straightened
 
 EXACT = 1e-6
 
@@ -308,6 +309,40 @@ def test_transformers_of_other_depth_and_width_fuse() -> None:
         return shaken(nn.Sequential(nn.Linear(5, 8), nn.Sequential(*blocks), nn.Linear(8, 3)))
 
     x = inputs(12, 4, 5)
+    zipped = cla_fusion(vit(2, 12), vit(4, 20), [x], stack="1", units="zip")
+    assert outputs(weft.materialize(zipped.merged(), vit(4, 20)), x).shape == (12, 4, 3)
+    with pytest.raises(UsageError, match="means of both"):
+        zipped.merged(0.3)
+    with pytest.raises(UsageError, match="grow the shallow network"):
+        cla_fusion(vit(2, 12), vit(4, 20), [x], stack="1", balance="merge")
     found = cla_fusion(vit(2, 12), vit(4, 20), [x], stack="1")
     assert len(found.layers) == 2 and found.change < EXACT
     assert outputs(weft.materialize(found.merged(), vit(4, 20)), x).shape == (12, 4, 3)
+
+
+def test_layers_are_merged_exactly_where_their_activations_are_linear() -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    x = inputs(50, 4).double()
+    with torch.no_grad():
+        net[0].bias.copy_(torch.tensor([9.0, 9, 9, -9, -9, -9]))  # always on, or always off
+    for line in ("average", "majority", "fit"):
+        short = shortened(net, [1], [x], line=line)
+        assert [type(m) for m in short.module] == [nn.Linear, nn.ReLU, nn.Linear] and short.change < EXACT
+        torch.testing.assert_close(outputs(short.module, x), outputs(net, x))
+    torch.manual_seed(3)
+    nn.init.normal_(net[0].bias)
+    both = shortened(net, [1, 3], [x])
+    assert both.change > 0.01 and {n: i.shape for n, i in both.checkpoint.tensors.items()} == {
+        "0.weight": (3, 4), "0.bias": (3,)
+    }  # fmt: skip
+    z = net[0](x).detach()  # the fitted line is the nearest one
+    slope, intercept = straightened(z, z.relu(), "fit")
+    best = torch.linalg.lstsq(torch.stack([z[:, 0], torch.ones(50)], 1), z[:, :1].relu()).solution[:, 0]
+    torch.testing.assert_close(torch.stack([slope[0], intercept[0]]), best)
+    for away in ([0], [4], [7]):
+        with pytest.raises(UsageError, match="no activation between two linear layers"):
+            shortened(net, away, [x])
+    with pytest.raises(UsageError, match="there is no line 'mean'"):
+        shortened(net, [1], [x], line="mean")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="balance is grow or merge"):
+        cla_fusion(net, net, [x], balance="shrink")  # type: ignore[arg-type]

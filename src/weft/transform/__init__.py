@@ -2,6 +2,7 @@
 
 wide = widened(network, {"layer.*": 512}, example_inputs=x)     computes what it did (net2net)
 deep = deepened(network, 3, example_inputs=x)
+short = shortened(network, [3], batches)                          fewer layers, nearly the same
 cla_fusion(shallow, deep, batches).merged()                      other depth and width, fused
 fusellm((model, tokenizer), sources, texts, steps=500)           taught by models of any kind
 """
@@ -14,11 +15,11 @@ from typing import Any
 _WHERE = {
     "CrossLayer": "heterogeneous", "Fused": "fuse", "FusedChat": "fuse", "Reshaped": "reshaped",
     "cla_fusion": "heterogeneous", "deepened": "deepen", "fuse": "fuse", "fusechat": "fuse", "fusellm": "fuse",
-    "widened": "widen",
+    "shortened": "shorten", "widened": "widen",
 }  # fmt: skip
 
 __all__ = [
-    "CrossLayer", "FusedChat", "Reshaped", "cla_fusion", "deepened", "fusechat", "fusellm", "widened",
+    "CrossLayer", "FusedChat", "Reshaped", "cla_fusion", "deepened", "fusechat", "fusellm", "shortened", "widened",
 ]  # fmt: skip
 
 

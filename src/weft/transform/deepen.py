@@ -62,7 +62,7 @@ def deepened(
         fresh.append(item)
         for _ in range(places.count(i)):
             fresh += _layer(view, stack, items, i, shapes)
-    made = _with_stack(made, stack, fresh)
+    made = with_stack(made, stack, fresh)
     _count(made, len(items), len(fresh))
     change = change_of(net, made, view.example)
     if not change <= TOLERANCE:
@@ -88,7 +88,8 @@ def items_of(net: nn.Module, stack: str) -> list[nn.Module]:
     return list(found)
 
 
-def _with_stack(net: nn.Module, stack: str, items: Sequence[nn.Module]) -> nn.Module:
+def with_stack(net: nn.Module, stack: str, items: Sequence[nn.Module]) -> nn.Module:
+    """The network with other items in its stack; a stack alone is made anew."""
     made = type(net.get_submodule(stack))
     fresh = nn.Sequential(*items) if issubclass(made, nn.Sequential) else nn.ModuleList(items)
     if not stack:
