@@ -165,5 +165,9 @@ def test_what_cannot_be_turned_is_told() -> None:
         weft.align(b, to=a, how="rotations", module=a, example_inputs=torch.randn(3, 6))
     with pytest.raises(UsageError, match="give module="):
         weft.align(dict(a.state_dict()), to=dict(a.state_dict()), how="rotations", spec=discover(a))
+    broken = {n: t.clone() for n, t in a.state_dict().items()}
+    broken["2.weight"][0, 0] = torch.nan
+    with pytest.raises(DataError, match="NaN or infinite"):
+        weft.align(broken, to=a, how="rotations", module=a, example_inputs=torch.randn(3, 6))
     with pytest.raises(UsageError, match="rounds and sweeps"):
         weft.align(a, to=a, how="rotations", rounds=0)

@@ -99,6 +99,12 @@ def test_an_aligner_keeps_in_one_file_and_refuses_what_it_was_not_trained_for(tm
     weft.save(weft.load(a), tmp_path / "model.safetensors")
     with pytest.raises(DataError, match="no aligner that weft wrote"):
         DeepAlign.load(tmp_path / "model.safetensors")
+    with pytest.raises(UsageError, match="how='deep' needs network="):
+        weft.align(b, to=a, how="deep")
+    broken = {n: t.clone() for n, t in a.state_dict().items()}
+    broken["2.weight"][0, 0] = torch.nan
+    with pytest.raises(DataError, match=r"2\.weight .* NaN"):
+        deep_align(spec, [a, broken])
     with pytest.raises(UsageError, match="two models or more"):
         deep_align(spec, [a])
     with pytest.raises(UsageError, match="nothing to learn"):

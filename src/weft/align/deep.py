@@ -277,7 +277,10 @@ def deep_align(
     for other in sources[1:]:
         check_pair(spec, sources[0], other)
     lines = [line(spec, s, sources[k - 1], net) for k, s in enumerate(sources)]
-    stack = {n: torch.stack([x.a[n].float() for x in lines]) for n in lines[0].counted}
+    stack = {
+        n: torch.stack([Pair.finite(x.a[n].float(), n, s) for x, s in zip(lines, sources, strict=True)])
+        for n in lines[0].counted
+    }
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

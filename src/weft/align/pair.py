@@ -96,9 +96,9 @@ class Pair:
         order = torch.arange(shape[0]) if there is None else there.flatten()
         for start in range(0, shape[0], rows):
             here = torch.arange(start, min(start + rows, shape[0]))
-            a = self._finite(self.a.read(name, start * row, (int(here[-1]) + 1) * row, dtype=self._dtype(name)),
+            a = self.finite(self.a.read(name, start * row, (int(here[-1]) + 1) * row, dtype=self.dtype(name)),
                              name, self.a)  # fmt: skip
-            b = self._finite(gathered(self.b, self._name(name), order[here], row, self._dtype(name)),
+            b = self.finite(gathered(self.b, self._name(name), order[here], row, self.dtype(name)),
                              name, self.b)  # fmt: skip
             yield a.reshape(-1, *shape[1:]), reorder(b.reshape(-1, *shape[1:]), where, here)
 
@@ -108,16 +108,18 @@ class Pair:
     def _name(self, name: str) -> str:
         return self.b.aliases.get(name, name)
 
-    def _dtype(self, name: str) -> torch.dtype:
+    def dtype(self, name: str) -> torch.dtype:
+        """What two tensors are compared in."""
         kinds = {self.a.info(name).dtype, self.b.info(self._name(name)).dtype}
         return torch.float64 if kinds == {torch.float64} else torch.float32
 
     def _read(self, source: Checkpoint, name: str) -> Tensor:
-        read = source.tensor(name, dtype=self._dtype(name))
-        return self._finite(read, name, source)
+        read = source.tensor(name, dtype=self.dtype(name))
+        return self.finite(read, name, source)
 
     @staticmethod
-    def _finite(values: Tensor, name: str, source: Checkpoint) -> Tensor:
+    def finite(values: Tensor, name: str, source: Checkpoint) -> Tensor:
+        """The values. DataError where some are NaN or infinite."""
         if not bool(values.isfinite().all()):
             raise DataError(
                 f"{name} of {source.origin} has {int((~values.isfinite()).sum())} values that are NaN or "

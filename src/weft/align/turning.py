@@ -137,7 +137,7 @@ def _steps(laws: Symmetries, members: Members) -> list[tuple[Law, Tensor]]:
 
 
 def _state(model: Checkpoint, pair: Pair) -> State:
-    return {n: model.tensor(n, dtype=pair._dtype(n)) for n in pair.names}
+    return {n: pair.finite(model.tensor(n, dtype=pair.dtype(n)), n, model) for n in pair.names}
 
 
 def _laws(a: Checkpoint, module: nn.Module | None, inputs: Inputs, spec: PermutationSpec) -> Symmetries:

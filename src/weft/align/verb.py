@@ -84,6 +84,11 @@ def align(
             f"how={how!r} has no option {wrong[0]!r}{did_you_mean(wrong[0], known)}; it has "
             f"{', '.join(n for n, p in known.items() if p.kind is p.KEYWORD_ONLY)}"
         )
+    lacking = [
+        n for n, p in known.items() if p.kind is p.KEYWORD_ONLY and p.default is p.empty and n not in options
+    ]
+    if lacking:
+        raise UsageError(f"how={how!r} needs {' and '.join(f'{n}=' for n in lacking)}")
     fitted = as_specified(source, spec)
     found = matcher(spec, as_specified(target, spec), fitted, **options)
     if not isinstance(found, Mapping):
