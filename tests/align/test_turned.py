@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from networks import KINDS as NETWORKS
+from networks import made as network
 from networks import mlp
 from torch import Tensor, nn
 
@@ -99,6 +101,21 @@ def test_a_turned_and_permuted_model_comes_back(kind: str) -> None:
     assert change(net, found) < 1e-5
     assert change(net, weft.merge([state, found], "linear")) < 1e-5
     assert change(net, weft.merge([state, permuted], "linear")) > 0.1
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_laws_of_every_kind_of_network_are_exact(kind: str) -> None:
+    net, x = network(kind), NETWORKS[kind].inputs
+    laws = symmetries(net, x)
+    counts = {k: sum(law.kind == k for law in laws.laws.values()) for k in ("scale", "linear")}
+    assert (counts["scale"], counts["linear"]) == {
+        "mlp": (2, 0), "vgg": (3, 0), "resnet": (6, 0), "resnext": (5, 0), "mobile": (2, 1), "joined": (2, 1),
+        "encoder": (1, 4), "tied": (0, 0), "shuffled": (2, 0), "recurrent": (0, 0),
+    }[kind]  # fmt: skip
+    moved = laws.apply(net, laws.random(0)).state_dict()
+    with torch.no_grad():
+        after = torch.func.functional_call(net, moved, (x,), tie_weights=False)
+        torch.testing.assert_close(after, net(x), rtol=0, atol=1e-9)
 
 
 def test_scales_of_hidden_units_and_gated_ones() -> None:
