@@ -86,7 +86,7 @@ def test_every_proposal_passes_the_check_and_merges(
     for name, state in {**models, **sparse, **alike}.items():
         save_file(state, f"{name}.safetensors")
     cases = {
-        ("a", "b", "c"): "weave", ("s", "t"): "ram_plus", ("x", "y"): "linear",
+        ("a", "b", "c"): {"none": "tsv"}.get(data, "gram"), ("s", "t"): "ram_plus", ("x", "y"): "linear",
     }  # fmt: skip
     for names, method in cases.items():
         found = advise([f"{n}.safetensors" for n in names], "base.safetensors", data)  # type: ignore[arg-type]
@@ -111,7 +111,7 @@ def test_statistics_measured_as_told_make_the_recipe_run(
     paths = expert_paths()
     names = ("rotated", "mirrored")
     found = advise([str(paths[n]) for n in names], str(paths["base"]), "unlabelled")
-    assert found.method == "weave"
+    assert found.method == "gram"
     for i, n in enumerate(names, 1):
         net = network(weft.load(paths[n]).state_dict())
         weft.save(weft.measure(net, [examples(n, "train")[0][:64]], "gram"), f"statistics-{i}")
@@ -182,8 +182,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = CliRunner().invoke
     line = ["advise", "a.safetensors", "b.safetensors", "--base", "base.safetensors"]
     told = run(app, line)
-    assert told.exit_code == 0 and "because" in told.output and "merge_method: weave" in told.output
+    assert told.exit_code == 0 and "because" in told.output and "merge_method: tsv" in told.output
     made = run(app, [*line, "--out", "recipe.yml", "--json"])
-    assert json.loads(made.output)["method"] == "weave"
+    assert json.loads(made.output)["method"] == "tsv"
     assert run(app, ["check", "recipe.yml"]).exit_code == 0
     assert isinstance(run(app, [*line, "--out", "recipe.yml"]).exception, WeftError)

@@ -87,7 +87,7 @@ def propose(seen: Look, data: Data = "none") -> Advice:
     if max(seen.norms, default=0.0) > FAR:
         far = max(seen.norms)
         warnings.append(f"a task vector is {far:.1f} times as long as the base: is this really the base?")
-    written = _recipe(seen, method, params, data) if method != "align" else ""
+    written = _recipe(seen, method, params) if method != "align" else ""
     return Advice(
         seen, method, params, tuple(reasons), written, tuple(_commands(seen, method, params, data)),
         _cost(seen, method), tuple(instead), tuple(warnings),
@@ -133,18 +133,17 @@ def _method(seen: Look, data: Data) -> tuple[str, dict[str, Any], list[str], lis
             "a few dozen inputs a task give Gram matrices, and with them the merge that is best layer by layer"
         )
         reasons.append(
-            "with 32 inputs a task, task vectors as a prior and an even spectrum: weft's default (docs/bench.md)"
+            "with 32 inputs a task, task vectors as a prior and no scale to tune: best of docs/bench.md on digits"
         )
-        return "weave", {}, reasons, [
-            "gram, the same without the last step; regmean, the published method; tsv or swudi_a, without data",
+        return "gram", {}, reasons, [
+            "regmean, the published method; tsv or swudi_a, which need no data",
             *_routing(seen),
         ]  # fmt: skip
     reasons.append(
-        "without data, least squares against the task vectors themselves keep each where it matters; an evened "
-        "spectrum needs no tuned scale (docs/bench.md)"
+        "without data, the tasks' leading directions brought apart lose least untuned (docs/bench.md)"
     )
-    return "weave", {}, reasons, [
-        "swudi_a; tsv or iso_c, the spectral methods; task_arithmetic, the simplest: `weft search` compares them",
+    return "tsv", {}, reasons, [
+        "swudi_a, iso_c, weave; task_arithmetic, the simplest: `weft search` compares them on validation data",
         *_routing(seen),
     ]  # fmt: skip
 
@@ -174,11 +173,11 @@ def _routing(seen: Look) -> list[str]:
     ]
 
 
-def _recipe(seen: Look, method: str, params: dict[str, Any], data: Data) -> str:
+def _recipe(seen: Look, method: str, params: dict[str, Any]) -> str:
     from weft.methods.registry import METHODS
 
     uses_base = seen.base is not None and METHODS[method].base != "forbidden"
-    statistics = _measured(method, data)
+    statistics = _measured(method)
     models: list[Any] = [
         {"model": m, "statistics": folder} if statistics else {"model": m}
         for m, folder in zip(seen.models, _folders(seen), strict=True)
@@ -192,9 +191,9 @@ def _recipe(seen: Look, method: str, params: dict[str, Any], data: Data) -> str:
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
 
 
-def _measured(method: str, data: Data) -> bool:
+def _measured(method: str) -> bool:
     """Whether the recipe names statistics of every model."""
-    return method == "regmean" or (method == "weave" and data != "none")
+    return method in ("regmean", "gram")
 
 
 def _folders(seen: Look) -> list[str]:
@@ -207,7 +206,7 @@ def _commands(seen: Look, method: str, params: dict[str, Any], data: Data) -> li
         a, *others = seen.models
         return [f"weft align {b} --to {a}" for b in others] + ["weft advise the results again"]
     made = []
-    if _measured(method, data):
+    if _measured(method):
         made += [
             f"weft measure {m} {f} --what gram --samples 64 --data PKG:INPUTS_OF_{i}"
             for i, (m, f) in enumerate(zip(seen.models, _folders(seen), strict=True), 1)

@@ -136,7 +136,7 @@ def gram_of_both(setting: Setting, params: Params) -> Outcome:
 
 
 def woven(setting: Setting, params: Params) -> Outcome:
-    """weft's default on measured inputs."""
+    """The Gram solver on measured inputs, its spectrum evened."""
     return merged(setting, METHODS["weave"], params, ("gram",))
 
 

@@ -1,11 +1,12 @@
-"""weave: weft's own static merge, the Gram solver with the spectrum of its result evened.
+"""weave: the Gram solver with the spectrum of its result evened; weft's own.
 
     Δ = argmin Σᵢ tr (Δ − τᵢ) Gᵢ (Δ − τᵢ)ᵀ            Gᵢ of inputs and of the change itself: see `gram`
     Δ = U diag(s) Vᵀ → α (‖s‖ / ‖sᵖ‖) U diag(sᵖ) Vᵀ    p = 1 leaves it, p = 0 is Iso's even spectrum
 
 Least squares says where a change must go, and keeps directions long that tasks agree on; evening them gives room
 to what is one task's own. The norm is kept, so that one factor α fits networks whose spectra fall fast or slowly,
-where Iso's mean singular value needs one chosen for each. Found on validation data: docs/bench.md has the ablation.
+where Iso's mean singular value needs one chosen for each. Task vectors that are long for the network want a smaller
+factor still: docs/bench.md has the ablation, and where it fails.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def weave(
     outside: Outside = "spectral",
     scale: float = 1.25,
 ) -> Pipeline:
-    """The Gram solver's merge with its spectrum evened: weft's recommended default.
+    """The Gram solver's merge with its spectrum evened.
 
     With statistics (`weft measure --what gram`, 32 inputs a task are enough) they say what matters where, with the
     task vectors as a `prior`; without, the task vectors alone. Singular values of the merged change are raised to
