@@ -20,6 +20,8 @@ def many(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Test loss and error of means; f = Σ_{i<j} ⟨πᵢθᵢ, πⱼθⱼ⟩, and whether orders agree around a cycle."""
     from alignment import images, trained
 
+    if options.models < 3:
+        raise SystemExit("--models: three or more; `barriers` has pairs")
     rows = []
     for name in options.data.split(","):
         train, test = images(name)

@@ -228,6 +228,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     ways, rows, maps, rates = options.ways.split(";"), [], [], {}
+    unknown = [w for w in ways if w not in WAYS]
+    if unknown:
+        parser.error(f"--ways: there is no {unknown[0]!r}; {'; '.join(WAYS)}")
     tasks = TASKS[: options.tasks]
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         lab = Lab(seed, tasks, options.epochs)
