@@ -13,7 +13,7 @@ COLOURS = 8
 
 def radar(axes: Sequence[str], values: Mapping[str, Sequence[float]]) -> str:
     """One ring a quarter of 1; values in [0, 1] and a little beyond; name → one value an axis."""
-    cx, cy, radius = 230.0, 205.0, 150.0
+    cx, cy, radius = 280.0, 205.0, 150.0
 
     def at(i: int, share: float) -> tuple[float, float]:
         angle = 2 * math.pi * i / len(axes) - math.pi / 2
@@ -33,7 +33,7 @@ def radar(axes: Sequence[str], values: Mapping[str, Sequence[float]]) -> str:
         mean = sum(shares) / len(shares)
         parts.append(
             f'<g class="series c{n % COLOURS}"><title>{escape(name)}: {100 * mean:.1f} % of the experts</title>'
-            f'<polygon class="area stroke" points="{points}"/>{_key(540, 110 + 24 * n, name)}</g>'
+            f'<polygon class="area stroke" points="{points}"/>{_key(560, 110 + 24 * n, name)}</g>'
         )
     return _svg("".join(parts), f"Share of each task's expert: {', '.join(values)}")
 
