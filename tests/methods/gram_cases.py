@@ -98,6 +98,14 @@ def ref_gram(x, prior=0.1, ridge=0.01, start=None, w=(1, 1, 1), gain=None, keep=
     return ref_least_squares(x * size, own, w, start * size, gain or plain) / size
 
 
+def ref_weave(x, power=0.25, scale=1.25, **more):
+    """`gram`'s merge with its singular values to a power, of the same norm."""
+    u, s, vh = np.linalg.svd(ref_gram(x, **more), full_matrices=False)
+    kept = s > 1e-5 * s[0]
+    raised = np.where(kept, s, 1.0) ** power * kept
+    return scale * (u * raised) @ vh * norm(s[kept]) / norm(raised)
+
+
 def ref_ace(x, w=(1, 1, 1), eps=0.01, limit=0.3, share=0.3, prior=True):
     """The released code, with τ itself rather than the centred one in the product."""
     n = x.shape[2]
@@ -168,6 +176,11 @@ GRAM = [
     ("ace", {"limit": 0.0}, lambda x: ref_ace(x, limit=0.0)),
     ("ace", {"limit": 0.0, "share": 0.6, "epsilon": 0.5}, lambda x: ref_ace(x, eps=0.5, limit=0.0, share=0.6)),
     ("ace", {"weight": U, "prior": False, "scale": 0.5}, lambda x: 0.5 * ref_ace(x, U, prior=False)),
+    ("weave", {}, ref_weave),
+    ("weave", {"weight": U, "prior": 0.5, "ridge": 0.2, "power": 0.6, "scale": 0.7},
+     lambda x: ref_weave(x, 0.6, 0.7, w=U, prior=0.5, ridge=0.2)),
+    ("weave", {"filter": "flow", "keep": "mean"},
+     lambda x: ref_weave(x, start=x.mean(0), gain=lambda v: (1 - np.exp(-1300 * v)) / np.maximum(v, 1e-9))),
     ("gram", {}, ref_gram),
     ("gram", {"prior": 0.6, "ridge": 0.2, "keep": "mean", "scale": 0.5},
      lambda x: 0.5 * ref_gram(x, 0.6, 0.2, x.mean(0))),
