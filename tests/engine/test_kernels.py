@@ -15,6 +15,7 @@ from weft.checkpoints.execution import TILE, Execution, executing
 from weft.checkpoints.memory import StateDict
 from weft.engine.kernels import Kernels
 from weft.engine.kernels.objects import Kernel
+from weft.errors import DataError
 from weft.methods.merge import Merge
 from weft.methods.registry import METHODS
 
@@ -58,6 +59,28 @@ def models(dtype: torch.dtype, k: int = 3) -> tuple[StateDict, list[StateDict]]:
         for _ in range(k)
     ]
     return StateDict({n: t.to(dtype) for n, t in base.items()}), [StateDict(t) for t in tuned]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", [0, 1, 3])
+@pytest.mark.parametrize(("method", "params"), CASES, ids=lambda v: v if isinstance(v, str) else "")
+def test_what_is_not_finite_is_found_and_named(
+    method: str, params: dict[str, object], where: int, bad: float
+) -> None:
+    """In the base (0), or in a model whose weight or density may be zero, by whichever pass reads it first."""
+    base, tuned = models(torch.bfloat16)
+    made = METHODS[method]
+    if where == 0 and made.base != "required":
+        pytest.skip("takes no base")
+    spoiled = [base, *tuned][where]
+    weights = {n: spoiled.read(n).reshape(spoiled.info(n).shape).clone() for n in spoiled.tensors}
+    weights["layers.0.w"][70, 5] = bad
+    inputs = [StateDict(weights, origin="spoiled") if c is spoiled else c for c in (base, *tuned)]
+    anchor = inputs[0] if made.base == "required" else None
+    with executing(Execution(chunk=TILE, kernels=Kernels())):
+        node = Merge(inputs[1:], base=anchor, method=made, params=params, seed=3)
+        with pytest.raises(DataError, match=r"^spoiled: tensor 'layers\.0\.w' has NaN or infinite"):
+            node.state_dict()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
@@ -151,6 +174,7 @@ RUN = """\
 import sys
 import numpy as np
 from weft.engine.kernels.objects import Kernel
+from weft.errors import DataError
 x, out = np.arange(12, dtype=np.float32).reshape(3, 4), np.empty((3, 4))
 Kernel(sys.argv[1])(x, np.uint32(3), out)
 assert (out == x * 3.0 + 1).all()

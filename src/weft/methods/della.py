@@ -9,9 +9,11 @@
 p is the density, ε half of the window (the paper writes the whole window ε, of drop rates p ± ε/2; its
 repository's example keeps 0.7 with a window of 0.14). A window that would leave [0, 1] is narrowed on both
 sides, so that the mean is p whatever ε (MergeKit raises; its default ε fails for densities above 0.85).
-Equal magnitudes rank by position. A row of one entry has pᵣ = p. Rows are step.row_length's: MergeKit ranks
-fused experts [E, out, in] along `out`, and restores the L1 norm of the tensor instead of dividing by pᵣ
-(`rescale="l1"`). Magnitudes are compared as float32, and the draw is random.py's.
+Equal magnitudes share the mean of their ranks, and so have one chance: the paper is silent, and a rank by
+position would favour whatever stands last among the many equal differences of 16-bit weights. A row of one
+entry has pᵣ = p. Rows are step.row_length's: MergeKit ranks fused experts [E, out, in] along `out`, and
+restores the L1 norm of the tensor instead of dividing by pᵣ (`rescale="l1"`). Magnitudes are compared as
+float32, and the draw is random.py's.
 """
 
 from __future__ import annotations
@@ -36,10 +38,14 @@ def keep_probability(x: Tensor, density: float, epsilon: float) -> Tensor:
     """pᵣ of every entry, x: [rows, n] → [rows, n] float64."""
     n = x.shape[-1]
     window = min(epsilon, density, 1.0 - density)
-    order = compared(x.detach()).argsort(dim=-1, stable=True)
-    steps = torch.arange(n, dtype=torch.float64, device=x.device) * 2 - (n - 1)
-    chance = density + window * (steps / max(n - 1, 1))
-    return torch.empty_like(x, dtype=torch.float64).scatter_(-1, order, chance.expand_as(order))
+    size, order = compared(x.detach()).sort(dim=-1)
+    here = torch.arange(n, device=x.device).expand_as(order)
+    other = size.diff(dim=-1) != 0  # where a run of equal magnitudes ends
+    edge = torch.ones_like(size[..., :1], dtype=torch.bool)
+    first = torch.where(torch.cat([edge, other], -1), here, 0).cummax(-1).values
+    last = torch.where(torch.cat([other, edge], -1), here, n - 1).flip(-1).cummin(-1).values.flip(-1)
+    chance = density + window * ((first + last - (n - 1)).double() / max(n - 1, 1))
+    return torch.empty_like(x, dtype=torch.float64).scatter_(-1, order, chance)
 
 
 def thinned(x: Tensor, density: Density, epsilon: float, rescale: bool, at: At) -> Tensor:

@@ -20,13 +20,28 @@ from weft.methods.spherical import mean_coefficients, slerp_coefficients
 from weft.methods.step import At
 from weft.methods.stock import stock_ratio
 
+BLOCK = 1024
+"""Values that a kernel takes at a time, so that they stay in the first-level cache."""
+SPAN = 8192
+"""Places in the table of a row's short magnitudes: 32 octaves, 256 each."""
+FEW = 64
+"""Up to so many longer magnitudes of a row are put in order one by one."""
+
 
 @dataclass
 class Body:
-    """The inner loop of one kernel under construction."""
+    """The inner loop of one kernel under construction; several loops where a step takes whole rows."""
 
     values: list[str]
     lines: list[str] = field(default_factory=list)
+    phases: list[tuple[list[str], list[str]]] = field(default_factory=list)
+    """Loops before this one, each with what is called after it."""
+    blocks: dict[str, list[str]] = field(default_factory=dict)
+    """By dtype, arrays of a block's length that the kernel uses for itself, zero at first."""
+    fixed: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    """Others, with dtype and shape."""
+    rows: bool = False
+    """Whether a block must be a row."""
     floats: list[float] = field(default_factory=list)
     words: list[int] = field(default_factory=list)
     """32-bit words: hash keys and thresholds."""
@@ -46,9 +61,25 @@ class Body:
         return f"q{len(self.words) - 1}"
 
     def let(self, expression: str) -> str:
-        name = f"v{len(self.lines)}"
+        name = f"v{len(self.phases)}_{len(self.lines)}"
         self.lines.append(f"{name} = {expression}")
         return name
+
+    def block(self, name: str, dtype: str) -> str:
+        """An array of a block's length. Those of one dtype are parts of one argument: the compiler need not ask
+        whether they overlap."""
+        names = self.blocks.setdefault(dtype, [])
+        if name not in names:
+            names.append(name)
+        return name
+
+    def row_by_row(self, call: Callable[[list[str]], list[str]]) -> None:
+        """Keep the values of a row in arrays, make `call` of their names, and go on with what is there then."""
+        self.rows = True
+        arrays = [self.block(f"row{len(self.phases)}_{i}", "float64") for i in range(self.k)]
+        kept = [f"{a}[j] = {v}" for a, v in zip(arrays, self.values, strict=True)]
+        self.phases.append(([*self.lines, *kept], call(arrays)))
+        self.lines, self.values = [], [f"{a}[j]" for a in arrays]
 
 
 Emitter = Callable[[Body, Mapping[str, Any], Mapping[str, Any], At], None]
@@ -181,6 +212,48 @@ def drop_keep_l1(body: Body, params: Mapping[str, Any], found: Mapping[str, Any]
 def drop_masses(body: Body, params: Mapping[str, Any], at: At) -> list[str]:
     kept = _kept(body, params["density"], at)
     return [f"abs({v})" for v in (*body.values, *kept)]
+
+
+def _thin(body: Body, params: Mapping[str, Any], at: At, rescale: bool) -> None:
+    """DELLA's dropping by rank within a row."""
+    words = [body.block(f"words{i}", "uint32") for i in range(2)]
+    chances = body.block("chances", "float64")
+    longs = [body.block(f"longs{i}", "uint64") for i in range(2)]
+    body.fixed |= {"short_counts": ("uint16", (SPAN,)), "longer": ("uint32", (FEW + 1,)),
+                   "table": ("float64", (SPAN + FEW + 1,)), "counts": ("int32", (4, 256))}  # fmt: skip
+    scratch = ", ".join([*words, chances, *longs, *body.fixed])
+
+    def call(rows: list[str]) -> list[str]:
+        calls = []
+        for i, (row, p) in enumerate(zip(rows, per_model(params["density"], body.k), strict=True)):
+            density, window = body.number(p), body.number(min(params["epsilon"], p, 1.0 - p))
+            k0, k1 = (body.word(key) for key in stream_key(at.seed, i, at.name, at.start >> 32))
+            calls.append(f"thin_row({row}[:m], {density}, {window}, {rescale}, here, {k0}, {k1}, {scratch})")
+        return calls
+
+    body.row_by_row(call)
+
+
+@emits("thin")
+def thin(body: Body, params: Mapping[str, Any], found: Mapping[str, Any], at: At) -> None:
+    _thin(body, params, at, params["rescale"])
+
+
+@emits("thin_keep_l1")
+def thin_keep_l1(body: Body, params: Mapping[str, Any], found: Mapping[str, Any], at: At) -> None:
+    _thin(body, params, at, False)
+    body.values = [
+        body.let(f"{v} * {body.number(r)}")
+        for v, r in zip(body.values, ratios(found["masses"]).tolist(), strict=True)
+    ]
+
+
+@sums("thin_keep_l1")
+def thin_masses(body: Body, params: Mapping[str, Any], at: At) -> list[str]:
+    before = [body.block(f"before{i}", "float64") for i in range(body.k)]
+    body.lines += [f"{b}[j] = {v}" for b, v in zip(before, body.values, strict=True)]
+    _thin(body, params, at, False)
+    return [f"abs({v})" for v in (*(f"{b}[j]" for b in before), *body.values)]
 
 
 def _combination(body: Body, coefficients: torch.Tensor) -> None:

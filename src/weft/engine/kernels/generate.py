@@ -6,23 +6,19 @@ from collections.abc import Sequence
 
 from weft.engine.kernels.emit import Body
 
-BLOCK = 1024
-"""Values that a kernel takes at a time, so that they stay in the first-level cache."""
-SPAN = 8192
-"""Counts of a row's counting sort: 32 octaves of magnitudes, 256 each."""
-
 _HEAD = """\
 import numpy as np
-from weft.engine.kernels.generate import BLOCK
 from weft.engine.kernels.primitives import (
     bits, count_lower, count_upper, dot, from_bf16, keep_long, magnitude, short_bf16, tally, to_bf16, total,
-    u32,
+    u32, unbounded,
 )
+from weft.engine.kernels.rows import thin_row
 
 
-def kernel({arguments}, p, q, low):
+def kernel({arguments}, p, q, low, block):
 {hoisted}    n = {first}.shape[0]
 """
+_LOOP = "        for j in range(m):\n"
 
 
 class Source:
@@ -34,7 +30,6 @@ class Source:
         self.arguments = [f"x{i}" for i in range(len(raw))]
         self.sliced: list[str] = []
         """Further arguments of which a block sees its slice."""
-        self._scratch: dict[str, list[str]] = {}
         self.loads: list[str] = []
         if base is not None:
             self.add_base(base)
@@ -46,19 +41,6 @@ class Source:
         """Load the base's value as `base`."""
         self.arguments.append("b")
         self.loads.append(f"base = {_load('b', raw)}")
-
-    def block(self, name: str, dtype: str) -> str:
-        """An array of a block's length that the kernel uses for itself.
-
-        Those of one dtype are parts of one argument: the compiler need not ask whether they overlap.
-        """
-        self._scratch.setdefault(dtype, []).append(name)
-        return name
-
-    @property
-    def scratch(self) -> dict[str, int]:
-        """The lengths of the arguments behind `block`, by dtype."""
-        return {dtype: len(names) * BLOCK for dtype, names in self._scratch.items()}
 
     def short_loads(self) -> list[str]:
         """The inputs less the base in float32: where they have no more bits, the rounding is the same."""
@@ -82,18 +64,22 @@ class Source:
         body = self.body
         hoisted = [f"p{i} = p[{i}]" for i in range(len(body.floats))]
         hoisted += [f"q{i} = q[{i}]" for i in range(len(body.words))]
-        for dtype, names in self._scratch.items():
-            hoisted += [f"{n} = of_{dtype}[{i * BLOCK} : {(i + 1) * BLOCK}]" for i, n in enumerate(names)]
+        for dtype, names in body.blocks.items():
+            hoisted += [f"{n} = of_{dtype}[{i} * block : {i + 1} * block]" for i, n in enumerate(names)]
         text = _HEAD.format(
-            arguments=", ".join([*self.arguments, *extra, *(f"of_{dtype}" for dtype in self._scratch)]),
+            arguments=", ".join(
+                [*self.arguments, *extra, *(f"of_{dtype}" for dtype in body.blocks), *body.fixed]
+            ),
             hoisted="".join(f"    {line}\n" for line in hoisted),
             first=self.arguments[0],
         )
-        text += "    for s in range(0, n, BLOCK):\n        m = min(BLOCK, n - s)\n"
+        text += "    for s in range(0, n, block):\n        m = min(block, n - s)\n"
         text += _indent([f"{a}_ = {a}[s : s + m]" for a in [*self.arguments, *self.sliced]], 8)
-        text += "        here = u32(low + u32(s))\n        for j in range(m):\n"
+        text += "        here = u32(low + u32(s))\n"
         lines = [*self.loads, *body.lines, *per_value] if loads is None else [*loads, *per_value]
-        return text + _indent(lines, 12) + _indent(after, 8)
+        for before, calls in body.phases:
+            text += _LOOP + _indent([*self.loads, *before], 12) + _indent(calls, 8)
+        return text + _LOOP + _indent(lines, 12) + _indent(after, 8)
 
 
 def _load(array: str, raw: bool, short: bool = False) -> str:

@@ -156,10 +156,10 @@ def _machine() -> str:
     import llvmlite
 
     llvm = _llvm()
-    primitives = Path(__file__).with_name("primitives.py").read_bytes()
+    pieces = b"".join(Path(__file__).with_name(f"{n}.py").read_bytes() for n in ("primitives", "rows"))
     features = sorted(k for k, there in llvm.get_host_cpu_features().items() if there)
     return "\0".join(
-        [__version__, hashlib.sha256(primitives).hexdigest(), llvmlite.__version__,
+        [__version__, hashlib.sha256(pieces).hexdigest(), llvmlite.__version__,
          llvm.get_process_triple(), llvm.get_host_cpu_name(), ",".join(features)]
     )  # fmt: skip
 

@@ -85,6 +85,15 @@ def nonfinite_float(x: Any) -> Any:
 
 
 @njit(**OPTIONS)
+def unbounded(keys: Any, m: int) -> Any:
+    """How many of m magnitudes are infinite or NaN."""
+    found = u32(0)
+    for j in range(m):
+        found = u32(found + u32(keys[j] >= u32(0x7F800000)))
+    return found
+
+
+@njit(**OPTIONS)
 def count_upper(keys: Any, m: int, counts: Any) -> None:
     """Count the upper halves of m keys."""
     for j in range(m):
@@ -157,153 +166,3 @@ def total(a: Any, m: int) -> float:
     for j in range(m):
         found += a[j]
     return found
-
-
-@njit(**OPTIONS)
-def _scatter(source: Any, target: Any, counts: Any, shift: Any, mask: Any) -> None:
-    """One stable counting-sort pass over a digit; `counts` holds how often each value of it occurs."""
-    total = 0
-    for d in range(256):
-        total, counts[d] = total + counts[d], total
-    for j in range(source.shape[0]):
-        v = source[j]
-        d = np.uint64((v >> shift) & mask)
-        target[np.uint64(counts[d])] = v
-        counts[d] += 1
-
-
-@njit(**OPTIONS)
-def sort_row(packed: Any, other: Any, counts: Any) -> None:
-    """Sort uint64 words (31-bit magnitude above 32-bit position) ascending, stable by position.
-
-    `other` [n] and `counts` [4, 256] are scratch. Differences of 16-bit weights are short numbers: where few
-    have lower bits, two passes over the upper 16 bits and an insertion settle the order.
-    """
-    n = packed.shape[0]
-    counts[:] = 0
-    for j in range(n):
-        v = packed[j] >> np.uint64(32)
-        counts[2, np.uint64((v >> np.uint64(15)) & np.uint64(0xFF))] += 1
-        counts[3, np.uint64(v >> np.uint64(23))] += 1
-    long = 0
-    for j in range(n):
-        long += np.int64((packed[j] & np.uint64(0x7FFF00000000)) != np.uint64(0))
-    if long > n // 8:
-        for j in range(n):
-            v = packed[j] >> np.uint64(32)
-            counts[0, np.uint64(v & np.uint64(0xFF))] += 1
-            counts[1, np.uint64((v >> np.uint64(8)) & np.uint64(0x7F))] += 1
-        _scatter(packed, other, counts[0], np.uint64(32), np.uint64(0xFF))
-        _scatter(other, packed, counts[1], np.uint64(40), np.uint64(0x7F))
-    _scatter(packed, other, counts[2], np.uint64(47), np.uint64(0xFF))
-    _scatter(other, packed, counts[3], np.uint64(55), np.uint64(0xFF))
-    if long and long <= n // 8:
-        for j in range(1, n):
-            v = packed[j]
-            i = j - 1
-            while i >= 0 and packed[i] > v:
-                packed[i + 1] = packed[i]
-                i -= 1
-            packed[i + 1] = v
-
-
-@njit(**OPTIONS)
-def rank_short(keys: Any, ranks: Any, starts: Any, where: Any, spare: Any, buckets: Any, counts: Any) -> bool:
-    """Ranks of a row's keys in `ranks`, stable by position; False if they span too many octaves for it.
-
-    One counting pass over the upper 16 bits of the keys, and whether they have lower ones: equal values, of
-    which differences of 16-bit weights have many, are in order by then. The few that have lower bits are
-    sorted by them first. The other arguments are scratch: `buckets`, `where`, `spare` as long as the row.
-    """
-    n = keys.shape[0]
-    least, most = u32(0xFFFF), u32(0)
-    for j in range(n):
-        upper = u32(keys[j] >> u32(15))
-        least = min(least, u32(upper - u32(1)))  # zeros, which have a place of their own, become the greatest
-        most = max(most, upper)
-    least = min(least, most)
-    span = 2 * (np.int64(most) - np.int64(least) + 1)
-    if span > starts.shape[0]:
-        return False
-    for j in range(n):
-        upper = u32(keys[j] >> u32(15))
-        low = u32(1) if keys[j] & u32(0x7FFF) else u32(0)
-        buckets[j] = u32(u32(upper - least if upper else u32(0)) << u32(1)) | low
-    starts[:span] = 0
-    for j in range(n):
-        starts[np.uint64(buckets[j])] += 1
-    total = 0
-    for d in range(span):
-        total, starts[d] = total + starts[d], total
-    long = 0
-    for j in range(n):
-        d = np.uint64(buckets[j])
-        at = starts[d]
-        ranks[j] = at
-        starts[d] = at + 1
-        where[np.uint64(long)] = u32(j)
-        long += np.int64(d & np.uint64(1))
-    if long:
-        _rank_long(keys, ranks, buckets, starts, where[:long], spare[:long], counts)
-    return True
-
-
-@njit(**OPTIONS)
-def _rank_long(keys: Any, ranks: Any, buckets: Any, starts: Any, where: Any, spare: Any, counts: Any) -> None:
-    """Deal out anew, in the order of their lower 15 bits, the ranks of the keys at `where`."""
-    counts[:2] = 0
-    for i in range(where.shape[0]):
-        j = np.uint64(where[i])
-        starts[np.uint64(buckets[j])] -= 1
-        counts[0, np.uint64(keys[j] & u32(0xFF))] += 1
-        counts[1, np.uint64((keys[j] >> u32(8)) & u32(0x7F))] += 1
-    for digit in range(2):
-        total = 0
-        for d in range(256):
-            total, counts[digit, d] = total + counts[digit, d], total
-    for i in range(where.shape[0]):
-        d = np.uint64(keys[np.uint64(where[i])] & u32(0xFF))
-        spare[np.uint64(counts[0, d])] = where[i]
-        counts[0, d] += 1
-    for i in range(where.shape[0]):
-        d = np.uint64((keys[np.uint64(spare[i])] >> u32(8)) & u32(0x7F))
-        where[np.uint64(counts[1, d])] = spare[i]
-        counts[1, d] += 1
-    for i in range(where.shape[0]):
-        j = np.uint64(where[i])
-        d = np.uint64(buckets[j])
-        ranks[j] = starts[d]
-        starts[d] += 1
-
-
-@njit(**OPTIONS)
-def thin_rows(
-    x: Any, n: int, density: float, window: float, rescale: bool, start: Any, k0: Any, k1: Any,
-    words: Any, long_words: Any, starts: Any, counts: Any,
-) -> None:  # fmt: skip
-    """DELLA's `thin` in place on the rows (of n) of a flat float64 x.
-
-    Scratch: `words` [5n + 1] uint32, `long_words` [2n] uint64, `starts` [2 SPAN] and `counts` [4, 256] int32.
-    """
-    keys, spare, buckets, where = words[:n], words[n : 2 * n], words[2 * n : 3 * n], words[3 * n : 4 * n + 1]
-    ranks = words[4 * n + 1 :].view(np.int32)
-    packed, other = long_words[:n], long_words[n:]
-    most = np.float64(max(n - 1, 1))
-    for row in range(x.shape[0] // n):
-        values = x[row * n : row * n + n]
-        here = u32(start + row * n)
-        for j in range(n):
-            keys[j] = np.float32(abs(values[j])).view(np.uint32)
-        if not rank_short(keys, ranks, starts, where, spare, buckets, counts):
-            for j in range(n):
-                packed[j] = (np.uint64(keys[j]) << np.uint64(32)) | np.uint64(j)
-            sort_row(packed, other, counts)
-            for r in range(n):
-                ranks[packed[r] & np.uint64(0xFFFFFFFF)] = r
-        for j in range(n):  # the draw by itself: short loops vectorise
-            spare[j] = bits(u32(here + u32(j)), k0, k1)
-        for j in range(n):
-            chance = density + window * (np.float64(2 * ranks[j] - (n - 1)) / most)
-            kept = np.float64(spare[j]) < np.floor(chance * 4294967296.0)
-            value = values[j] / chance if rescale else values[j]
-            values[j] = value if kept else 0.0
