@@ -43,7 +43,8 @@ def test_chances_are_those_of_the_ranks(kind: str, n: int) -> None:
     if span < 0:
         assert kind in ("floats", "equal and long", "crowded", "wide", "mixed")
     else:
-        rows.chances_of_short(keys, buckets, short_counts, longer, span, more, 0.5, 0.2, table, found)
+        used = np.empty(SPAN + 4, np.uint64)
+        rows.chances_of_short(keys, buckets, short_counts, longer, span, more, 0.5, 0.2, table, used, found)
         assert (found == expected).all()
     assert not short_counts.any()
     found[:] = np.nan

@@ -220,7 +220,8 @@ def _thin(body: Body, params: Mapping[str, Any], at: At, rescale: bool) -> None:
     chances = body.block("chances", "float64")
     longs = [body.block(f"longs{i}", "uint64") for i in range(2)]
     body.fixed |= {"short_counts": ("uint16", (SPAN,)), "longer": ("uint32", (FEW + 1,)),
-                   "table": ("float64", (SPAN + FEW + 1,)), "counts": ("int32", (4, 256))}  # fmt: skip
+                   "table": ("float64", (SPAN + FEW + 1,)), "used": ("uint64", (SPAN + 4,)),
+                   "counts": ("int32", (4, 256))}  # fmt: skip
     scratch = ", ".join([*words, chances, *longs, *body.fixed])
 
     def call(rows: list[str]) -> list[str]:

@@ -143,31 +143,46 @@ def rank_longer(
 
 
 @njit(**OPTIONS)
+def list_used(counts: Any, span: int, used: Any) -> Any:
+    """Put the places in use and their counts into `used`, ascending, and clear them; how many there are.
+
+    Most are empty, without a pattern that a processor could foresee: so four are looked at together, and of
+    those each is put down and counts only if it is in use.
+    """
+    four, m = counts.view(np.uint64), np.uint64(0)
+    for w in range(np.uint64(span + 3) // np.uint64(4)):
+        word = four[w]
+        if not word:
+            continue
+        four[w] = 0
+        for lane in range(4):
+            place = (np.uint64(w) * np.uint64(4) + np.uint64(lane)) << np.uint64(16)
+            count = (word >> np.uint64(16 * lane)) & np.uint64(0xFFFF)
+            used[m] = place | count
+            m += np.uint64(count != np.uint64(0))
+    return m
+
+
+@njit(**OPTIONS)
 def chances_of_short(
     keys: Any, buckets: Any, counts: Any, longer: Any, span: int, found: int, density: float, window: float,
-    table: Any, chances: Any,
+    table: Any, used: Any, chances: Any,
 ) -> None:  # fmt: skip
     """Each entry's probability after `count_short`; clears `counts`. `table`: as long as `counts` and `longer`."""
     n = keys.shape[0]
-    four, short, others = counts.view(np.uint64), table[: counts.shape[0]], table[counts.shape[0] :]
+    short, others = table[: counts.shape[0]], table[counts.shape[0] :]
     # where numbers mix signed and unsigned, the compiler would compare them as floats
     none = np.uint64(0xFFFFFFFF)
     following = np.uint64(buckets[np.uint64(longer[0])]) if found else none
     rank, i = 0, 0
-    for w in range(np.uint64(span + 3) // np.uint64(4)):
-        word, d = four[w], np.uint64(w) * np.uint64(4)
-        four[w] = 0
-        while word:
-            count = np.int64(word & np.uint64(0xFFFF))
-            if count:
-                while following < d:
-                    same = rank_longer(keys, longer, i, found, rank, density, window, others)
-                    i, rank = i + same, rank + same
-                    following = np.uint64(buckets[np.uint64(longer[np.uint64(i)])]) if i < found else none
-                short[d] = chance_at(rank, rank + count - 1, n, density, window)
-                rank += count
-            word >>= np.uint64(16)
-            d += np.uint64(1)
+    for u in range(list_used(counts, span, used)):
+        d, count = used[u] >> np.uint64(16), np.int64(used[u] & np.uint64(0xFFFF))
+        while following < d:
+            same = rank_longer(keys, longer, i, found, rank, density, window, others)
+            i, rank = i + same, rank + same
+            following = np.uint64(buckets[np.uint64(longer[np.uint64(i)])]) if i < found else none
+        short[d] = chance_at(rank, rank + count - 1, n, density, window)
+        rank += count
     while i < found:
         same = rank_longer(keys, longer, i, found, rank, density, window, others)
         i, rank = i + same, rank + same
@@ -202,12 +217,13 @@ def chances_of_any(
 def thin_row(
     values: Any, density: float, window: float, rescale: bool, here: Any, k0: Any, k1: Any,
     keys: Any, buckets: Any, chances: Any, packed: Any, other: Any,
-    short_counts: Any, longer: Any, table: Any, counts: Any,
+    short_counts: Any, longer: Any, table: Any, used: Any, counts: Any,
 ) -> None:  # fmt: skip
     """DELLA's `thin` in place on a row of n float64; `here` is its position in the stream of (k0, k1).
 
     Scratch: n uint32 (keys, buckets), n float64 (chances), n uint64 (packed, other); some uint16 that are zero
-    before and after (short_counts), uint32 (longer), as many float64 as both (table), and [4, 256] int32.
+    before and after (short_counts), uint32 (longer), as many float64 as both (table), uint64 (used), and
+    [4, 256] int32.
     """
     n = values.shape[0]
     for j in range(n):
@@ -216,7 +232,9 @@ def thin_row(
     if span < 0:
         chances_of_any(keys, packed, other, counts, density, window, chances)
     else:
-        chances_of_short(keys, buckets, short_counts, longer, span, found, density, window, table, chances)
+        chances_of_short(
+            keys, buckets, short_counts, longer, span, found, density, window, table, used, chances
+        )
     for j in range(n):  # the draw by itself: short loops vectorise
         keys[j] = bits(u32(here + u32(j)), k0, k1)
     for j in range(n):
