@@ -291,6 +291,9 @@ def main() -> None:
     # torch and numba make a million objects that live for ever; looking through them again and again is a
     # fifth of the time they take to import
     gc.set_threshold(200_000, 50, 50)
+    # numpy's BLAS starts a thread a core as it is imported, which spin for a tenth of a second; weft multiplies
+    # matrices by torch
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode shows \u2212 rather than fail
             stream.reconfigure(errors="backslashreplace")

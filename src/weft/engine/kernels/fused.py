@@ -72,7 +72,7 @@ class Kernels:
                 part = self.partial(node, name, j, start, min(start + TILE, size), None, None)
                 if part is None:
                     return None
-                counts = part if counts is None else counts + part
+                counts = part if counts is None else counts.add_(part)
                 seen += min(TILE, size - start)
             begin += size
         return None if counts is None else _bracket(counts, stat, bound, seen, numel)
