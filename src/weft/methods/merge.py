@@ -34,14 +34,9 @@ Params = Callable[[At], Mapping[str, Any]]
 Found = dict[str, Any]
 
 
-class _Fixed:
-    """The same parameters for every tensor. A class, so that it pickles."""
-
-    def __init__(self, params: Mapping[str, Any]) -> None:
-        self.params = params
-
-    def __call__(self, at: At) -> Mapping[str, Any]:
-        return self.params
+def _same(params: Mapping[str, Any], at: At) -> Mapping[str, Any]:
+    """The same parameters for every tensor."""
+    return params
 
 
 class Merge(Checkpoint):
@@ -83,7 +78,7 @@ class Merge(Checkpoint):
         else:
             fixed = method.check(params or {})
             method.pipeline(**fixed)  # says at once what no tensor could accept
-            self._params = _Fixed(fixed)
+            self._params = partial(_same, fixed)  # which pickles
         self._parts = parts_of(self)
         self._tensors = {n: p.info for n, p in self._parts.items()}
         self._layers = count_layers(self._parts)
@@ -362,9 +357,7 @@ class Merge(Checkpoint):
             if self.measured is not None:
                 self.measured.survey(self)
             names = self.merged_names()
-            if not names:
-                return
-            for j, bound in enumerate(self.pipeline(names[0]).steps):
+            for j, bound in enumerate(self.pipeline(names[0]).steps if names else ()):
                 if bound.step.stat is None or bound.scope != "model" or ("*", j) in self._found:
                     continue
                 for name in names:

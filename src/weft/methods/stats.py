@@ -12,14 +12,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from weft.checkpoints.execution import TILE, execution
+from weft.checkpoints.execution import TILE
+from weft.methods.counting import DIGIT, Counted, add_up
 
 if TYPE_CHECKING:
     from weft.methods.step import At
@@ -171,84 +171,6 @@ Ranks = Callable[[Mapping[str, Any], int, int], Sequence[Sequence[int]]]
 Value = Callable[[Tensor, Mapping[str, Any], "At"], Tensor]
 
 
-def add_up(counts: Sequence[Tensor]) -> Tensor:
-    """The sum of integer tables, int64; made in the first if that is int64 (a summary is joined once)."""
-    total = counts[0].long()
-    for more in counts[1:]:
-        total += more
-    return total
-
-
-@dataclass(frozen=True)
-class Counted:
-    """What one pass finds of magnitudes that nearly surely have an upper half in a bracket.
-
-    Differences of 16-bit weights are short numbers, with few lower halves, so that these can be kept, and one
-    pass is nearly always enough.
-    """
-
-    LIMIT: ClassVar[int] = 1 << 21
-
-    counts: Tensor
-    """`[k, q or 1, 1 + digits]`: keys above all digits counted, then how often each upper half occurs."""
-    first: Tensor
-    """`[k, q or 1]`: the first upper half that is counted."""
-    bracket: Tensor
-    """`[k, q, 2]`: the first upper half of which keys are kept, and one past the last."""
-    rest: tuple[tuple[Tensor, ...], ...] | None
-    """Per model and magnitude the keys in the bracket whose lower half is not zero; None if they were many."""
-
-    @staticmethod
-    def join(parts: Sequence[Counted]) -> Counted:
-        counts = add_up([p.counts for p in parts])
-        kept = [p.rest for p in parts if p.rest is not None]
-        if len(kept) < len(parts):
-            return replace(parts[0], counts=counts, rest=None)
-        rest = tuple(_few(sum(rows, ())) for rows in zip(*kept, strict=True))
-        # ranges are as long as the memory budget allows, so twice that many keys fit where a range did
-        most = min(Counted.LIMIT, 2 * execution().chunk)
-        few = all(sum(piece.numel() for piece in row) <= most for row in rest)
-        return replace(parts[0], counts=counts, rest=rest if few else None)
-
-    def upper_digits(self, rank: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Upper halves at `rank` `[k, q]` (from the largest), and the ranks among the keys that have them.
-
-        None where one was not counted, after all.
-        """
-        above, digits = self.counts[..., :1], self.counts[..., 1:].flip(-1)  # from the largest down
-        reached = torch.cat([above, digits], -1).cumsum(-1)
-        reached = reached.expand(*rank.shape, -1).contiguous()
-        where = torch.searchsorted(reached, rank[..., None])
-        if bool(((where == 0) | (where == reached.shape[-1])).any()):
-            return None
-        before = reached.gather(-1, where - 1)[..., 0]
-        return self.first + digits.shape[-1] - where[..., 0], rank - before
-
-    def lower_digits(self, prefix: Tensor, rank: Tensor) -> Tensor | None:
-        """The lower halves at `rank` (from the largest) below each prefix `[k, q]`; None where not kept."""
-        first, last = self.bracket.unbind(-1)
-        if self.rest is None or bool(((prefix < first) | (prefix >= last)).any()):
-            return None
-        found = torch.zeros_like(prefix).reshape(-1)
-        for i, pieces in enumerate(self.rest):
-            row = torch.cat([torch.zeros(0, dtype=torch.int64), *(p.long() for p in pieces)])
-            p, r = int(prefix.reshape(-1)[i]), int(rank.reshape(-1)[i])
-            inside = row[(row >> Select.DIGIT) == p] & ((1 << Select.DIGIT) - 1)
-            if r <= inside.numel():  # behind them come those whose lower half is zero
-                found[i] = inside.kthvalue(inside.numel() - r + 1).values
-        return found.reshape(prefix.shape)
-
-
-def _few(pieces: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The same keys in few pieces, each longer than the next: thousands of short ones would litter the heap."""
-    kept: list[Tensor] = []
-    for piece in pieces:
-        while kept and kept[-1].numel() <= 2 * piece.numel():
-            piece = torch.cat([kept.pop(), piece])
-        kept.append(piece)
-    return tuple(kept)
-
-
 class Select(Stat):
     """Exact order statistics of magnitudes by radix selection: no sort, no copy, two counting passes.
 
@@ -258,8 +180,6 @@ class Select(Stat):
     working dtype: its bit patterns order like the numbers, and 24 bits hold what 16-bit weights differ by.
     Of something else than the entries: `value(x, params, at)` maps `[k, n]` to the `[m, n]` to be ranked.
     """
-
-    DIGIT = 16
 
     def __init__(self, name: str, ranks: Ranks, value: Value | None = None) -> None:
         self.provides, self.ranks, self.value = (name,), ranks, value
@@ -273,20 +193,20 @@ class Select(Stat):
     def table_bytes(self, k: int, params: Mapping[str, Any]) -> int:
         # a row of counts for each rank; the pieces, their stack, what was added up before, the new sum
         wanted = max((len(row) for row in self.ranks(params, k, 1)), default=1)
-        return 4 * k * wanted * 8 << self.DIGIT
+        return 4 * k * wanted * 8 << DIGIT
 
     def partial(self, x: Tensor, memo: Any, params: Mapping[str, Any], at: At) -> Tensor:
         """Counts `[k, q, digits]` of the upper half of the keys, then of the lower half below a prefix."""
         keys = self._magnitude(x, params, at).view(torch.int32).long()  # [k, n]
-        digits = 1 << self.DIGIT
+        digits = 1 << DIGIT
         if memo is None:
             # magnitudes have no sign bit: the upper half is a digit of 15 bits
-            counts = [torch.bincount(row >> self.DIGIT, minlength=digits // 2) for row in keys]
+            counts = [torch.bincount(row >> DIGIT, minlength=digits // 2) for row in keys]
             return torch.stack(counts)[:, None]
         prefix = memo["prefix"]  # [k, q]
         counts = []
         for row, wanted in zip(keys, prefix.tolist(), strict=True):
-            upper = row >> self.DIGIT
+            upper = row >> DIGIT
             counts += [torch.bincount(row[upper == p] & (digits - 1), minlength=digits) for p in wanted]
         return torch.stack(counts).reshape(*prefix.shape, digits)
 
@@ -314,7 +234,7 @@ class Select(Stat):
         lower = part.lower_digits(prefix, rank)
         if lower is None:
             return memo | {"round": 1, "rank": rank, "prefix": prefix}
-        return memo | {"round": 2, "rank": rank, "prefix": (prefix << self.DIGIT) | lower}
+        return memo | {"round": 2, "rank": rank, "prefix": (prefix << DIGIT) | lower}
 
     def _next_digit(self, part: Tensor, memo: Any) -> Any:
         part = part.cpu().long()
@@ -326,7 +246,7 @@ class Select(Stat):
         return memo | {
             "round": memo["round"] + 1,
             "rank": memo["rank"] - before.reshape(memo["rank"].shape),
-            "prefix": (memo["prefix"] << self.DIGIT) | digit,
+            "prefix": (memo["prefix"] << DIGIT) | digit,
         }
 
     def result(self, memo: Any, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -379,7 +299,7 @@ class Chain(Stat):
         return bool(memo[0] == len(self.stats))
 
     def table_bytes(self, k: int, params: Mapping[str, Any]) -> int:
-        return 4 * k * 8 << Select.DIGIT if any(isinstance(s, Select) for s in self.stats) else 0
+        return 4 * k * 8 << DIGIT if any(isinstance(s, Select) for s in self.stats) else 0
 
     def result(self, memo: Any, params: Mapping[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = memo[3]

@@ -14,7 +14,8 @@ from weft.checkpoints.execution import TILE
 from weft.engine.kernels.emit import SUMS, Body
 from weft.engine.kernels.generate import Source
 from weft.engine.kernels.work import Range, fusable, nonfinite
-from weft.methods.stats import Counted, Gram, Select, Sums, pairs
+from weft.methods.counting import Counted
+from weft.methods.stats import Gram, Select, Sums, pairs
 from weft.methods.step import Bound
 
 if TYPE_CHECKING:
