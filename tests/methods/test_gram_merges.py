@@ -178,4 +178,6 @@ def test_what_a_merge_holds_is_what_it_planned(tmp_path: Path) -> None:
             check=True, stdout=subprocess.PIPE,
         )  # fmt: skip
         planned, peak = json.loads(told.stdout)
-        assert peak < planned + (4 << 20)  # outside of it: hashing, Python's own objects
+        # outside of it: hashing, Python's own objects, and the buffers of BLAS, of whatever size the matrices are;
+        # -5 to 5 MiB were seen, and a Gram matrix in float64 has 4.5
+        assert peak < planned + (6 << 20)
