@@ -1,7 +1,9 @@
 """The notation `path[@revision][+adapter[@revision]]` and its escapes."""
 
+import re
+
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from weft.checkpoints.refs import Kind, Ref, parse_ref
@@ -67,6 +69,8 @@ revisions = st.none() | words.filter(lambda r: not r.startswith("@"))
 
 @given(words, revisions, st.none() | st.builds(Ref, words, revisions))
 def test_round_trip(path, revision, lora):
+    # an @ behind a bare host would be its user's: a URL that names a model goes on behind the host
+    assume(not any(re.search("[a-z]://[^/]*$", p) for p in ("q" + path, lora.path if lora else "")))
     ref = Ref(path, revision, lora)
     text = str(ref)
     if not path.startswith(("/", ".", "+")):
