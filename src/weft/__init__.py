@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from weft.adapters.resize import resize_lora
     from weft.advise.propose import advise
     from weft.analysis.analyze import analyze
+    from weft.analysis.evaluation import evaluate
     from weft.api import load, materialize, merge, save
     from weft.bench.run import bench
     from weft.calibrate.run import calibrate
@@ -52,7 +53,8 @@ _API = {"load": "weft.api", "merge": "weft.api", "save": "weft.api", "materializ
         "share_vocabulary": "weft.llm.tokens.share", "transplant": "weft.llm.tokens.transplant",
         "pack_delta": "weft.deltas.pack", "pack_family": "weft.deltas.family",
         "layers": "weft.llm.slices", "stacked": "weft.llm.slices", "shuffled": "weft.llm.shuffle",
-        "analyze": "weft.analysis.analyze", "upscaled": "weft.llm.upscale", "expanded": "weft.llm.upscale",
+        "analyze": "weft.analysis.analyze", "evaluate": "weft.analysis.evaluation",
+        "upscaled": "weft.llm.upscale", "expanded": "weft.llm.upscale",
         "finetune": "weft.train.loop", "route": "weft.routing.build", "bench": "weft.bench.run",
         "measure": "weft.statistics.measure", "iteris": "weft.statistics.iterated",
         "regmean_pp": "weft.statistics.remeasured",
@@ -76,6 +78,7 @@ __all__ = [
     "build",
     "build_moe",
     "calibrate",
+    "evaluate",
     "expanded",
     "extract_lora",
     "finetune",

@@ -1,4 +1,4 @@
-"""`weft regmean-pp`, `weft iteris` and `weft route`, on a plain module and on a folder of transformers."""
+"""`weft regmean-pp`, `iteris`, `route` and `evaluate`, on a plain module and on a folder of transformers."""
 
 from __future__ import annotations
 
@@ -30,6 +30,12 @@ def data():
 
 def by_task():
     return {t: [x] for t, x in inputs().items()}
+
+def labelled():
+    return {t: (x, (x.sum(1) > 0).long()) for t, x in inputs().items()}
+
+def far(outputs, labels):
+    return (outputs[:, 0] - labels).abs().mean()
 """
 
 
@@ -116,6 +122,49 @@ def test_a_routed_model_is_built_shown_and_written_out(folder: Path) -> None:
         refused(match, "route", *args)
 
 
+def test_any_model_is_evaluated_and_a_routed_one_tells_where_inputs_went(folder: Path) -> None:
+    import routetask
+
+    net = ("--module", "routetask:net")
+    data = ("--data", "routetask:labelled", *net)
+    told = json.loads(run("evaluate", "a", *data, "--json"))
+    want = weft.evaluate("a", routetask.labelled(), module=routetask.net())
+    assert [t["accuracy"] for t in told["tasks"]] == [t.accuracy for t in want.tasks]
+    assert told["parameters"] == 51 and told["cost"] is None and told["mean"] == want.mean
+    said = run("evaluate", "a", *data)
+    assert (
+        "51 parameters in 204 bytes" in said
+        and "sent to" not in said
+        and f"mean accuracy {100 * want.mean:.2f} %" in said
+    )
+    experts = ("--expert", "a=a", "--expert", "b=b", *net)
+    for gate, more in (("oracle", ()), ("prototype", ("--data", "routetask:by_task"))):
+        run("route", "build", "base", gate, *experts, "--gate", gate, "--residual", "full", *more)
+        told = json.loads(run("evaluate", gate, *data, "--json"))
+        shown = json.loads(run("route", "show", gate, *net, "--json"))
+        assert told["cost"] == shown["cost"] and told["told"] == (gate == "oracle")
+        for task in told["tasks"]:
+            assert task["sent"][task["task"]] > 0.8 and sum(task["sent"].values()) <= 1
+    said = run("evaluate", "oracle", *data)
+    assert "a 100 %" in said and "the task was told" in said and "× one expert" in said
+    own = json.loads(run("evaluate", "a", *data, "--loss", "routetask:far", "--samples", "10", "--json"))
+    assert own["metric"] == "loss" and own["tasks"][0]["examples"] == 10
+    for match, args in (
+        ("one of both", ("a", *net)),
+        ("one of both", ("a", *data, "--texts", "a=routetask.py")),
+        ("give one of them", ("oracle", "--base", "base", *data)),
+        ("code is yours", ("oracle", "--data", "routetask:labelled")),
+        ("does not exist", ("nothing", *data)),
+        ("no function", ("a", *net, "--data", "routetask:labeled")),
+        ("no labels", ("a", *net, "--data", "routetask:inputs")),
+        ("did you mean 'mse'", ("a", *data, "--loss", "msee")),
+        ("TASK=FILE", ("a", *net, "--texts", "routetask.py")),
+        ("numbers, one a task", ("a", *data, "--preference", "x")),
+        ("is not", ("a", *data, "--preference", "1,2")),
+    ):  # fmt: skip
+        refused(match, "evaluate", *args)
+
+
 def test_folders_of_transformers_bring_their_network_and_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,3 +195,9 @@ def test_folders_of_transformers_bring_their_network_and_tokens(
     run("route", "export", "routed", "static", "--task", "a", "--base", "base")
     static = weft.load("static")
     assert static.config is not None and set(static) >= set(weft.load("a"))
+    held = ("--texts", "a=a.txt", "--texts", "b=b.txt", "--length", "16", "--json")
+    told = json.loads(run("evaluate", "routed", "--base", "base", *held))
+    assert told["metric"] == "perplexity" and [t["task"] for t in told["tasks"]] == ["a", "b"]
+    assert all(t["sent"][t["task"]] > 0.5 and t["perplexity"] > 1 for t in told["tasks"])
+    alone = json.loads(run("evaluate", "static", *held))
+    assert alone["tasks"][0]["perplexity"] > 1 and alone["tasks"][0]["sent"] is None

@@ -49,6 +49,7 @@ def calibrate(
     """Mend a merged model with data: statistics, REPAIR, head, surgery, magnitude, temperature."""
     import weft
     from weft.cli.output import key_values, note, one_line, print_json
+    from weft.engine.plan import parse_device
     from weft.errors import UsageError
     from weft.search.objective import imported
 
@@ -67,7 +68,7 @@ def calibrate(
         raise UsageError("give the data: --data PKG:FN, a function that gives batches")
     settings |= {k: v for k, v in given.items() if v is not None}
     batches = imported(data)() if data is not None else None
-    found = weft.calibrate(model, batches, how, device=device, **settings)
+    found = weft.calibrate(model, batches, how, device=parse_device(device), **settings)
     weft.save(found.checkpoint, out, overwrite=overwrite)
     for text in () if quiet else found.notes:
         note(text)

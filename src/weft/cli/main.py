@@ -19,6 +19,7 @@ from weft.cli.analyze import app as analyze_app
 from weft.cli.bench import app as bench_app
 from weft.cli.calibrate import app as calibrate_app
 from weft.cli.delta import app as delta_app
+from weft.cli.evaluate import app as evaluate_app
 from weft.cli.export import app as export_app
 from weft.cli.learn import app as learn_app
 from weft.cli.lora import app as lora_app
@@ -271,6 +272,7 @@ app.add_typer(advise_app)
 app.add_typer(align_app)
 app.add_typer(analyze_app)
 app.add_typer(calibrate_app)
+app.add_typer(evaluate_app)
 app.add_typer(bench_app)
 app.add_typer(measure_app)
 app.add_typer(remeasuring_app)

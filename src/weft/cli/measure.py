@@ -61,6 +61,7 @@ def measure(
 
     import weft
     from weft.cli.output import note, one_line, print_json
+    from weft.engine.plan import parse_device
     from weft.errors import UsageError, WeftWarning
     from weft.search.objective import imported
 
@@ -73,7 +74,7 @@ def measure(
         found = weft.measure(
             source, given, what, samples=samples, labels=_one_of(labels, "labels", "model", "exact", "given"),
             loss=None if loss is None else imported(loss), only=only or "*", units=_units(units or []), seed=seed,
-            precision=_one_of(precision, "precision", "float64", "float32"), device=device,
+            precision=_one_of(precision, "precision", "float64", "float32"), device=parse_device(device),
             module=None if module is None else imported(module)(), by_block=by_block,
             about=about or str(data or texts),
         )  # fmt: skip

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="route",
-    help="Models that are merged anew for each input.",
+    help="Models that are merged anew for each input. weft evaluate scores one.",
     no_args_is_help=True,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -73,7 +73,7 @@ def build(
     from weft.errors import UsageError, did_you_mean
     from weft.search.objective import imported
 
-    experts = _pairs(expert or [], "--expert is TASK=MODEL")
+    experts = pairs(expert or [], "--expert is TASK=MODEL")
     if len(experts) < 2:
         raise UsageError("name two experts or more: --expert TASK=MODEL, once a task")
     if data is not None and texts:
@@ -85,12 +85,12 @@ def build(
     source = weft.load(base)
     inputs: Any = imported(data)() if data is not None else None
     if texts:
-        inputs = _texts(source, _pairs(texts, "--texts is TASK=FILE"), length, batch)
+        inputs = texts_of(source, pairs(texts, "--texts is TASK=FILE"), length, batch)
     learns = gate == "router"
     if learns and inputs is None:
         raise UsageError("a router learns from inputs by task: give --data or --texts")
     routed = weft.route(
-        _module(source, module), source, experts, shared=_shared(shared), residual=residual, gate=gate,
+        network(source, module), source, experts, shared=_shared(shared), residual=residual, gate=gate,
         where=_where(where), data=None if learns else inputs, samples=samples, **settings,
     )  # fmt: skip
     if learns:
@@ -152,7 +152,7 @@ def export(
 
         made = as_mixture(found)
     else:
-        made = found.checkpoint(task=task, weights=None if weights is None else _numbers(weights))
+        made = found.checkpoint(task=task, weights=None if weights is None else numbers(weights, "--weights"))
     saved = weft.save(made, out, overwrite=overwrite)
     if json:
         print_json({"out": str(saved.path), "tensors": len(list(made))})
@@ -164,7 +164,8 @@ SETTINGS = ("rests_on", "rest", "combine", "how", "split")
 """What `--set` may say of `weft.route`."""
 
 
-def _pairs(given: list[str], form: str) -> dict[str, str]:
+def pairs(given: list[str], form: str) -> dict[str, str]:
+    """TASK=VALUE, each task once; `form` says how they are written."""
     from weft.errors import UsageError
 
     found: dict[str, str] = {}
@@ -178,13 +179,14 @@ def _pairs(given: list[str], form: str) -> dict[str, str]:
     return found
 
 
-def _numbers(text: str) -> list[float]:
+def numbers(text: str, option: str) -> list[float]:
+    """A,B,… of an option."""
     from weft.errors import UsageError
 
     try:
         return [float(v) for v in text.split(",")]
     except ValueError:
-        raise UsageError(f"--weights are numbers, one a task, such as 0.2,0.8, not {text!r}") from None
+        raise UsageError(f"{option} are numbers, one a task, such as 0.2,0.8, not {text!r}") from None
 
 
 def _where(given: list[str] | None) -> Any:
@@ -201,7 +203,8 @@ def _shared(text: str) -> Any:
     return text if text == "base" or text in METHODS else weft.load(text)
 
 
-def _module(source: Any, module: str | None) -> nn.Module:
+def network(source: Any, module: str | None) -> nn.Module:
+    """The network that PKG:FN makes, else the model of transformers."""
     from weft.llm.hf import to_transformers
     from weft.search.objective import imported
 
@@ -218,15 +221,18 @@ def _loaded(path: str, base: str | None, module: str | None) -> Routed:
         raise UsageError(
             "the network's code is yours: give --base MODEL (of transformers) or --module PKG:FN"
         )
-    return load(path, _module(None if base is None else weft.load(base), module))
+    return load(path, network(None if base is None else weft.load(base), module))
 
 
-def _texts(source: Any, files: dict[str, str], length: int, batch: int) -> dict[str, Any]:
+def texts_of(
+    source: Any, files: dict[str, str], length: int, batch: int, labels: bool = False
+) -> dict[str, Any]:
+    """Task → windows of its text, by the model's own tokenizer."""
     from weft.llm.hf import tokenizer_of
     from weft.statistics.texts import texts
 
     size = next((i.shape[0] for n, i in source.tensors.items() if "embed" in n or "wte" in n), 256)
     return {
-        t: texts(Path(f), tokenizer_of(source), vocabulary=size, length=length, batch=batch)
+        t: texts(Path(f), tokenizer_of(source), vocabulary=size, length=length, batch=batch, labels=labels)
         for t, f in files.items()
     }

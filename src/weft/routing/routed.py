@@ -27,6 +27,7 @@ from weft.train.forward import logits_of
 if TYPE_CHECKING:
     from weft.engine.save import Saved
     from weft.routing.cost import Cost
+    from weft.routing.sent import Sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,7 @@ class Routed(nn.Module):
         self.residuals = nn.ModuleList(residuals.values())
         self.gates = nn.ModuleDict()
         self.parts: list[Gated] = []
+        self._sent: Sent | None = None
         self.net: nn.Module = module
         self._install(residuals, how)
         for key, gate in (gates or {}).items():
@@ -276,6 +278,8 @@ class Routed(nn.Module):
             raise UsageError(
                 f"{idle[0]} is never called: the network uses its weights in another way, so route a part around it"
             )
+        if self._sent is not None:
+            self._sent.add(now)
         return out
 
     @torch.no_grad()
@@ -299,6 +303,17 @@ class Routed(nn.Module):
         with at(self.parts, now):
             self.net(*args, **kwargs)
         return now.told
+
+    @contextmanager
+    def watched(self) -> Iterator[Sent]:
+        """Within, it is counted to which experts calls send their inputs."""
+        from weft.routing.sent import Sent
+
+        before, self._sent = self._sent, Sent(self.tasks)
+        try:
+            yield self._sent
+        finally:
+            self._sent = before
 
     @contextmanager
     def unpacked(self) -> Iterator[None]:
