@@ -40,6 +40,27 @@ class Measured:
     seconds: float | None = None
     peak: float | None = None
     """MiB beyond what was held before."""
+    experts: str = ""
+    """Hash of the models and data; of what `asked` for. Both are there in files that `weft.bench` wrote."""
+    asked: str = ""
+
+    def rounded(self) -> Measured:
+        """Numbers to five digits, which is what files hold."""
+
+        def each(values: dict[str, float]) -> dict[str, float]:
+            return {t: five(v) for t, v in values.items()}
+
+        def five(v: float) -> float:
+            return float(f"{v:.5g}")
+
+        def maybe(v: float | None) -> float | None:
+            return None if v is None else five(v)
+
+        return replace(
+            self, tasks=each(self.tasks), unseen=each(self.unseen), corrupted=each(self.corrupted),
+            ece=maybe(self.ece), validation=maybe(self.validation), parameters=maybe(self.parameters),
+            seconds=maybe(self.seconds), peak=maybe(self.peak),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,6 +113,8 @@ class Results:
     metric: str
     rows: tuple[Row, ...]
     seeds: tuple[int, ...]
+    samples: int | None = None
+    """Examples a task that data-driven methods saw; None in old files, and of different numbers shown as one."""
     command: str = ""
     machine: str = ""
     date: str = ""
@@ -202,6 +225,7 @@ def combined(parts: Sequence[Results]) -> Results:
     return replace(
         first, rows=tuple(rows.values()), seeds=tuple(seeds), seconds=sum(p.seconds for p in parts),
         command="; ".join(dict.fromkeys(p.command for p in parts)),
+        samples=first.samples if all(p.samples == first.samples for p in parts) else None,
         skipped={k: v for p in parts for k, v in p.skipped.items() if not any(k == n for n, _, _ in rows)},
     )  # fmt: skip
 
@@ -253,18 +277,8 @@ def _cell(v: float | None) -> str:
 
 
 def _row(row: Row) -> dict[str, Any]:
-    made = asdict(row)
-    for run in made["runs"]:
-        for k in ("tasks", "unseen", "corrupted"):
-            run[k] = {t: _rounded(v) for t, v in run[k].items()}
-        for k in ("ece", "validation", "seconds", "peak", "parameters"):
-            run[k] = _rounded(run[k])
-    made["runs"] = [{k: v for k, v in run.items() if v not in (None, {})} for run in made["runs"]]
-    return made
-
-
-def _rounded(v: float | None) -> float | None:
-    return None if v is None else float(f"{v:.5g}")
+    runs = [asdict(m.rounded()) for m in row.runs]
+    return {**asdict(row), "runs": [{k: v for k, v in r.items() if v not in (None, {}, "")} for r in runs]}
 
 
 def from_json(data: Any, where: str = "the file") -> Results:

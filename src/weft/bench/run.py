@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import platform
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import mean
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from weft._version import __version__
 from weft.bench.contenders import Contender, Outcome, chosen
+from weft.bench.journal import Journal, asked, fingerprint
 from weft.bench.results import Measured, Results, Row, ratio
 from weft.bench.score import score
 from weft.bench.setting import Setting, State, costs
@@ -42,13 +44,16 @@ def bench(
     samples: int = 64,
     tune: bool = True,
     progress: Progress | None = None,
+    out: str | Path | None = None,
+    command: str = "",
 ) -> Results:
     """Run a suite: its name (`weft.bench.suites.SUITES`), a `Suite`, or a function of the seed that makes one.
 
     `methods` are names of contenders or families (all that fit, by default); `seeds` how often the experts are
     trained anew (from cache where they were before), from `first_seed` on; `samples` how many examples a task
-    data-driven methods see; `tune=False` leaves out the rows with tuned coefficients. Runs on a GPU where there
-    is one, else on the threads torch has.
+    data-driven methods see; `tune=False` leaves out the rows with tuned coefficients. `out` is a file (.json) that
+    holds the results so far after every contender, and from which a run goes on (`weft.bench.journal`); `command`
+    is noted in them. Runs on a GPU where there is one, else on the threads torch has.
     """
     if seeds < 1 or first_seed < 0:
         raise UsageError(f"seeds must be 1 or more, from 0 up, not {seeds} from {first_seed}")
@@ -57,27 +62,23 @@ def bench(
         raise UsageError(f"samples must be 1 or more, not {samples}")
     say = progress or (lambda _: None)
     build, name = _builder(suite, data, say)
-    started = time.perf_counter()
-    found: dict[tuple[int, str, str], list[tuple[Row, Measured]]] = {}
-    skipped: dict[str, str] = {}
-    known: list[Suite] = []
+    head = Results(
+        name, "", "", (), (), samples, command, machine(), datetime.now(UTC).date().isoformat(),
+        versions=versions(),
+    )  # fmt: skip
+    journal = Journal(head, out)
     for seed in drawn:
         made = build(seed)
         for one in [made] if isinstance(made, Suite) else made:
-            known.append(one)
-            setting = Setting(one, samples)
-            for row, measured in _rows(setting, methods, seed, tune, say, skipped):
-                found.setdefault((row.size, row.name, row.how), []).append((row, measured))
-    rows = [_joined(parts) for parts in found.values()]
-    metrics = {t.metric for s in known for t in s.tasks}
-    if len(metrics) > 1:
-        raise UsageError(f"{name}: tasks of one suite have one metric, not {' and '.join(sorted(metrics))}")
-    return Results(
-        name, known[0].about, metrics.pop(), tuple(sorted(rows, key=lambda r: -r.size)),
-        drawn, skipped=skipped, notes=list(known[0].notes),
-        machine=machine(), date=datetime.now(UTC).date().isoformat(), versions=versions(),
-        seconds=time.perf_counter() - started,
-    )  # fmt: skip
+            metrics = {t.metric for t in one.tasks} | ({journal.head.metric} - {""})
+            if len(metrics) > 1:
+                raise UsageError(
+                    f"{name}: tasks of one suite have one metric, not {' and '.join(sorted(metrics))}"
+                )
+            journal.about(one)
+            _measure(Setting(one, samples), methods, seed, tune, say, journal)
+    journal.keep()
+    return journal.results()
 
 
 def _builder(suite: str | Suite | Build, data: str | Path | None, say: Progress) -> tuple[Build, str]:
@@ -92,35 +93,41 @@ def _builder(suite: str | Suite | Build, data: str | Path | None, say: Progress)
     return suite, getattr(suite, "__name__", "suite")
 
 
-def _joined(parts: Sequence[tuple[Row, Measured]]) -> Row:
-    from dataclasses import replace
-
-    return replace(parts[0][0], runs=tuple(m for _, m in parts))
-
-
-def _rows(
-    setting: Setting, methods: Sequence[str] | None, seed: int, tune: bool, say: Progress,
-    skipped: dict[str, str],
-) -> Iterable[tuple[Row, Measured]]:  # fmt: skip
-    """Every row of one seed."""
+def _measure(
+    setting: Setting, methods: Sequence[str] | None, seed: int, tune: bool, say: Progress, journal: Journal
+) -> None:
+    """Every row of one seed that the journal does not hold, each kept as soon as it is there."""
     judge = Judge(setting, seed)
-    size = len(setting.tasks)
+    where, size = f"{setting.suite.name}, seed {seed}", len(setting.tasks)
+    experts = fingerprint(setting.suite) if journal.path is not None else ""
+    others = [found for found in journal.of(size, seed) if found[1].experts != experts]
+    if others:
+        say(f"{where}: {len(others)} rows in {journal.path} are of other experts or data: measured anew")
+        journal.forget(others)
+    if held := journal.of(size, seed):
+        say(f"{where}: going on from {len(held)} rows in {journal.path}")
+    picked, why = chosen(methods, setting)
+    journal.left_out(picked, why)
     for label, outcome in references(setting):
         name = label.split(" (")[0]
-        seen = REFERENCES[name]
-        say(f"{setting.suite.name}, seed {seed}: {name}")
-        yield (
-            Row(name, label, "reference", "reference", seen, size, (), name == "experts"),
-            judge(outcome, {}),
-        )
-    picked, why = chosen(methods, setting)
-    skipped.update(why)
+        row = Row(name, label, "reference", "reference", REFERENCES[name], size, (), name == "experts")
+        if journal.holds(row, seed, ""):
+            continue
+        say(f"{where}: {name}")
+        journal.add(row, replace(judge(outcome, {}), experts=experts))
+    journal.keep()  # never without the experts, which all else is relative to
     for c in picked:
-        say(f"{setting.suite.name}, seed {seed}: {c.label}")
+        rows = expected(c, size, tune and judge.chooses)
+        if all(journal.holds(r, seed, asked(c, r.how)) for r in rows):
+            continue
+        say(f"{where}: {c.label}")
+        journal.forget(journal.of(size, seed, c.name))
         try:
-            yield from trials(c, setting, judge, tune)
+            for row, measured in trials(c, setting, judge, rows):
+                journal.add(row, replace(measured, experts=experts, asked=asked(c, row.how)))
         except (UsageError, DataError) as error:
-            skipped[c.name] = str(error).splitlines()[0]
+            journal.left_out((), {c.name: str(error).splitlines()[0]})
+        journal.keep()
 
 
 REFERENCES = {
@@ -157,25 +164,29 @@ class Ensemble(nn.Module):
         return torch.stack([logits_of(m(*args, **kwargs)) for m in self.members]).mean(0)
 
 
-def trials(c: Contender, setting: Setting, judge: Judge, tune: bool) -> Iterable[tuple[Row, Measured]]:
+def expected(c: Contender, size: int, tune: bool) -> list[Row]:
     """One row as published; one tuned, where there is something to tune."""
-    made, cost = _made(c, setting, c.params)
-    row = Row(c.name, c.label, c.family, "fixed", c.seen, len(setting.tasks), (), c.per_task)
-    yield row, judge(made, c.params, cost)
-    if not (tune and c.tuned and judge.chooses):
-        return
-    from dataclasses import replace
+    row = Row(c.name, c.label, c.family, "fixed", c.seen, size, (), c.per_task)
+    return [row, replace(row, how="tuned")] if tune and c.tuned else [row]
 
-    (key, values), *_ = c.tuned.items()
-    best: tuple[float, Any] | None = None
-    for value, tried in along(c, setting, key, values, made):
-        found = judge.validation(tried)
-        if best is None or found > best[0]:  # the first, where they tie
-            best = found, value
-    assert best is not None
-    params = {**c.params, key: best[1]}
-    made, cost = _made(c, setting, params)
-    yield replace(row, how="tuned"), judge(made, params, cost)
+
+def trials(
+    c: Contender, setting: Setting, judge: Judge, rows: Sequence[Row]
+) -> Iterable[tuple[Row, Measured]]:
+    """The rows, measured; what is tuned starts from what is fixed."""
+    made, cost = _made(c, setting, c.params)
+    yield rows[0], judge(made, c.params, cost)
+    for row in rows[1:]:
+        (key, values), *_ = c.tuned.items()
+        best: tuple[float, Any] | None = None
+        for value, tried in along(c, setting, key, values, made):
+            found = judge.validation(tried)
+            if best is None or found > best[0]:  # the first, where they tie
+                best = found, value
+        assert best is not None
+        params = {**c.params, key: best[1]}
+        made, cost = _made(c, setting, params)
+        yield row, judge(made, params, cost)
 
 
 def along(
@@ -236,10 +247,13 @@ class Judge:
         self.setting, self.seed = setting, seed
         self.chooses = all("validation" in t.splits for t in setting.tasks)
         """Whether there are validation data; without them nothing is tuned, since the test must not choose."""
-        self.experts = {
-            t.name: score(setting.loaded.take(m.state_dict(), t), t, "validation", VALIDATION).value
-            for t, m in zip(setting.tasks, setting.models, strict=True)
-            if self.chooses
+
+    @cached_property
+    def experts(self) -> dict[str, float]:
+        """Each expert's score on its own validation data."""
+        return {
+            t.name: score(self.setting.loaded.take(m.state_dict(), t), t, "validation", VALIDATION).value
+            for t, m in zip(self.setting.tasks, self.setting.models, strict=True)
         }
 
     def at(self, made: Outcome, task: Task) -> nn.Module:

@@ -93,6 +93,8 @@ def notes(results: Results) -> list[str]:
         f"{spread}",
         "Tuned: chosen on validation data; default: as published or as weft's function has it.",
     ]
+    if results.samples is not None:
+        told.append(f"Methods that look at data saw {results.samples} examples a task.")
     told += [str(n) for n in results.notes]
     reasons: dict[str, list[str]] = {}
     for name, why in results.skipped.items():

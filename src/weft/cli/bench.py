@@ -30,7 +30,9 @@ def bench(
     data: Annotated[Path | None, typer.Option(help="Folder of data sets. Default: WEFT_DATA.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Examples a task that data-driven methods see.")] = 64,
     tune: Annotated[bool, typer.Option(help="Also choose coefficients on validation data.")] = True,
-    out: Annotated[Path | None, typer.Option(help="Write the results here (.json).")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Keep the results here (.json), and go on from them.")
+    ] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the table here (.csv).")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page here (.html).")] = None,
     list_: Annotated[bool, typer.Option("--list", help="List suites and contenders, and stop.")] = False,
@@ -55,11 +57,12 @@ def bench(
     from weft.bench.results import write, write_text
     from weft.bench.table import print_table
 
-    results = (
-        _shown(suite) if shown else _run(suite[0], methods, seeds, first_seed, data, samples, tune, quiet)
-    )
-    if out is not None:
-        write(results, out)
+    if shown:
+        results = _shown(suite)
+        if out is not None:
+            write(results, out)
+    else:
+        results = _run(suite[0], methods, seeds, first_seed, data, samples, tune, quiet, out)
     if csv is not None:
         write_text(csv, results.to_csv())
     if html is not None:
@@ -83,25 +86,33 @@ def _run(
     samples: int,
     tune: bool,
     quiet: bool,
+    out: Path | None,
 ) -> Results:
-    from dataclasses import replace
-
     from weft.bench.run import bench as run
     from weft.bench.run import command
     from weft.cli.output import note
 
     names = None if methods is None else [m.strip() for m in methods.split(",") if m.strip()]
-    found = run(
-        suite,
-        names,
-        seeds=seeds,
-        first_seed=first_seed,
-        data=data,
-        samples=samples,
-        tune=tune,
-        progress=None if quiet else note,
-    )
-    return replace(found, command=command())
+    try:
+        return run(
+            suite,
+            names,
+            seeds=seeds,
+            first_seed=first_seed,
+            data=data,
+            samples=samples,
+            tune=tune,
+            progress=None if quiet else note,
+            out=out,
+            command=command(),
+        )
+    except KeyboardInterrupt:
+        # main() tells of going on
+        kept = f"{out} holds what was measured" if out is not None and out.exists() else "nothing is kept"
+        note(
+            kept if out is not None else f"{kept} but trained experts: --out FILE.json keeps what is measured"
+        )
+        raise
 
 
 def _shown(paths: list[str]) -> Results:
