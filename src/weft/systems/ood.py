@@ -75,6 +75,36 @@ def periodic_swa(module: nn.Module, data: Any, *, period: int, **training: Any) 
     return made, trace
 
 
+def dart(
+    module: nn.Module, data: Sequence[Any], *, period: int, steps: int, seed: int = 0, **training: Any
+) -> Checkpoint:
+    """A run on each of `data` (the same examples under other augmentations), all from `module`; every `period`
+    steps, and at the end, each goes on from the mean of all, θ ← (1/M) Σ θₘ, which is what is given back.
+
+    The paper trains `module` on mixed augmentations first. Every run keeps its optimiser's moments. `training` is
+    `Training`'s. Raises UsageError for fewer than two data sets, or a period that is none.
+    """
+    from weft.errors import UsageError
+    from weft.train.loop import Training
+    from weft.train.modes import charted
+
+    if len(data) < 2 or not 1 <= period <= steps:
+        raise UsageError(
+            f"{len(data)} data sets, period {period} of {steps} steps: give two or more, and a period in the steps"
+        )
+    runs = [
+        Training(charted(module, "full"), part, steps=steps, seed=seed + i, **training)
+        for i, part in enumerate(data)
+    ]
+    while not runs[0].done:
+        for run in runs:
+            run.advance(period)
+        mean = weft.load(uniform_soup([run.model.weights() for run in runs]).state_dict())
+        for run in runs:
+            run.replace(mean)
+    return mean
+
+
 def ensemble_of_averages(
     module: nn.Module, data: Any, *, runs: int = 6, start: float = 100, seed: int = 0, **training: Any
 ) -> tuple[Ensemble, list[Finetuned]]:
@@ -144,7 +174,9 @@ SYSTEMS = (
     System("S81", "WASH", "2.4.3.1", "training", "Fournier et al., 2024, arXiv:2405.17517",
            "Shuffles parameters among the members of a population so that they stay mergeable."),
     System("S82", "DART", "2.4.3.1", "training", "Jain et al., CVPR 2023, arXiv:2302.14685",
-           "Trains a branch an augmentation and averages them from time to time."),
+           "Trains a branch an augmentation and averages them from time to time.", entry=HERE + "dart",
+           test="tests/systems/test_branches.py::"
+           "test_branches_that_meet_again_and_again_are_ahead_of_one_mean_at_the_end_and_of_one_long_run"),
     System("S83", "DiWA", "2.4.3.1", "training", "Ramé et al., NeurIPS 2022, arXiv:2205.09739",
            "Averages diverse runs from one start and one linear probe.", entry=HERE + "diwa",
            test=TESTS + "test_an_average_of_diverse_runs_serves_an_unseen_domain_better_than_the_chosen_one"),
