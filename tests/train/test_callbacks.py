@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +16,46 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import weft
+from weft.errors import UsageError
 from weft.train import Charted, Linearised, load_linearised
 from weft.train.callbacks import WithLoss, lightning_callback, trainer_callback
 from weft.train.hooks import State
 from weft.train.objectives import l2_sp, supervised
 
 
-def run_trainer(model: nn.Module, data: Data, folder: Path, callback: Any, **settings: Any) -> Any:
+class Plain(nn.Module):
+    """A model that answers as transformers' do, and is no chart of weft's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = perceptron()
+
+    def forward(self, input: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"loss": F.cross_entropy(self.net(input), labels)}
+
+
+def run_trainer(
+    model: nn.Module, data: Data, folder: Path, callback: Any, resume: bool = False, late: bool = False,
+    **settings: Any,
+) -> Any:  # fmt: skip
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     x, y = data
     rows = [{"input": a, "labels": b} for a, b in zip(x, y, strict=True)]
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=48, learning_rate=1e-2, report_to=[],
+        output_dir=str(folder), per_device_train_batch_size=48, report_to=[],
         disable_tqdm=True, use_cpu=True, max_grad_norm=0.0, logging_steps=1, seed=0,
-        **{"max_steps": 6, "save_strategy": "no", **settings},
+        **{"max_steps": 6, "save_strategy": "no", "learning_rate": 1e-2, **settings},
     )  # fmt: skip
     trainer = transformers.Trainer(
-        model=model, args=arguments, train_dataset=rows, eval_dataset=rows[:8], callbacks=[callback]
-    )
+        model=model, args=arguments, train_dataset=rows, eval_dataset=rows[:8],
+        callbacks=None if late else [callback],
+    )  # fmt: skip
+    if late:
+        trainer.add_callback(callback)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer.train()
+        trainer.train(resume_from_checkpoint=resume or None)
     return trainer
 
 
@@ -84,14 +104,6 @@ def test_a_penalty_in_transformers_trainer_is_the_objectives(blobs: Data, tmp_pa
 
 
 def test_a_penalty_on_a_plain_model_of_transformers_trainer(blobs: Data, tmp_path: Path) -> None:
-    class Plain(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = perceptron()
-
-        def forward(self, input: Tensor, labels: Tensor) -> dict[str, Tensor]:
-            return {"loss": F.cross_entropy(self.net(input), labels)}
-
     moved = []
     for strength in (0.0, 5.0):
         model = Plain()
@@ -101,8 +113,93 @@ def test_a_penalty_on_a_plain_model_of_transformers_trainer(blobs: Data, tmp_pat
     assert moved[1] < 0.5 * moved[0]
 
 
+@pytest.mark.parametrize("made", [Plain, lambda: WithLoss(Charted(perceptron()))])
+def test_a_penalty_holds_a_resumed_run_to_the_base_it_started_from(
+    made: Callable[[], nn.Module], blobs: Data, tmp_path: Path
+) -> None:
+    """Six steps at once, and three with three more by `resume_from_checkpoint`, end at the same weights."""
+    how: dict[str, Any] = {"optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": 0.1}
+    whole, half, starts = made(), made(), []
+    base = dict(perceptron().named_parameters())
+
+    def look(state: State) -> None:
+        starts.append({n: t.clone() for n, t in state.start.items()})
+
+    def callback() -> Any:
+        return trainer_callback(penalty=l2_sp(), on_step=look)
+
+    run_trainer(whole, blobs, tmp_path / "whole", callback(), **how)
+    run_trainer(
+        half, blobs, tmp_path / "parts", callback(), max_steps=3, save_strategy="steps", save_steps=3, **how
+    )
+    resumed = made()
+    run_trainer(resumed, blobs, tmp_path / "parts", callback(), resume=True, **how)
+    assert len(starts) == 6 + 3 + 3
+    for start in starts:
+        assert {n.removeprefix("net.") for n in start} == set(base)
+        assert all(torch.equal(t, base[n.removeprefix("net.")]) for n, t in start.items())
+    check_resumed(whole, half, resumed)
+
+
+def test_a_resumed_run_whose_start_was_not_seen_is_refused(blobs: Data, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    run_trainer(Plain(), blobs, tmp_path, trainer_callback(penalty=l2_sp()), late=True, **settings)
+    with pytest.raises(UsageError, match=r"net\.0\.weight started is not known"):
+        run_trainer(Plain(), blobs, tmp_path, trainer_callback(penalty=l2_sp()), resume=True, late=True)
+
+
+def test_a_penalty_holds_a_run_that_lightning_resumes_to_its_base(blobs: Data, tmp_path: Path) -> None:
+    lightning = lightning_of()
+    batches = torch.utils.data.DataLoader([(a, b) for a, b in zip(*blobs, strict=True)], batch_size=48)
+
+    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = perceptron()
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def run(epochs: int, path: Path | None = None) -> tuple[Any, Any]:
+        module = Module()
+        trainer = lightning.Trainer(
+            max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False,
+            enable_model_summary=False, default_root_dir=str(tmp_path), enable_checkpointing=False,
+            callbacks=[lightning_callback(penalty=l2_sp())],
+        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.fit(module, batches, ckpt_path=path)
+        return module, trainer
+
+    whole, _ = run(4)
+    half, trainer = run(2)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, _ = run(4, tmp_path / "half.ckpt")
+    check_resumed(whole, half, resumed)
+
+
+def check_resumed(whole: nn.Module, half: nn.Module, resumed: nn.Module) -> None:
+    """In two parts all parameters came to where they came in one, and the second part has moved them."""
+    end, there = dict(whole.named_parameters()), dict(half.named_parameters())
+    for name, p in resumed.named_parameters():
+        torch.testing.assert_close(p, end[name], rtol=1e-5, atol=1e-6)
+    assert any(not torch.allclose(p, there[n], atol=1e-3) for n, p in resumed.named_parameters())
+
+
+def lightning_of() -> Any:
+    """Lightning under either of its names."""
+    try:
+        return importlib.import_module("lightning.pytorch")
+    except ImportError:
+        return pytest.importorskip("pytorch_lightning")
+
+
 def test_hooks_and_penalties_in_lightning(blobs: Data, tmp_path: Path) -> None:
-    lightning = pytest.importorskip("lightning.pytorch")
+    lightning = lightning_of()
     x, y = blobs[0][:48], blobs[1][:48]
     net = perceptron()
 

@@ -85,19 +85,27 @@ class _Watch:
         self.start: dict[str, Tensor] = {}
         self.charted: Charted | None = None
 
-    def begin(self, model: nn.Module) -> None:
-        """Remember where training starts."""
+    def begin(self, model: nn.Module, resumed: bool = False) -> None:
+        """Remember where training starts. That of a resumed run was seen before its weights were loaded.
+
+        UsageError where it was not, since a penalty would hold the weights where they were interrupted.
+        """
         found = [m for m in model.modules() if isinstance(m, Charted)]
         if len(found) > 1:
             raise UsageError(
                 "there are several models with a chart in the one that is trained: hooks see one"
             )
         self.charted = found[0] if found else None
-        self.start = (
-            dict(self.charted.chart.start)
-            if self.charted
-            else {n: wide(p) for n, p in model.named_parameters() if p.requires_grad}
-        )
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if self.charted is not None:
+            self.start = dict(self.charted.chart.start)
+        elif not resumed:
+            self.start = {n: wide(p) for n, p in trained.items()}
+        elif unseen := [n for n in trained if n not in self.start]:
+            raise UsageError(
+                f"where {unseen[0]} started is not known, since the run is resumed: let the callback see the model "
+                "before (Trainer(model, callbacks=[…]), a LightningModule that makes its network in __init__)"
+            )
 
     def parameters(self, model: nn.Module) -> dict[str, Tensor]:
         """φ, live: of the model's chart, or its parameters themselves."""
@@ -140,7 +148,8 @@ def trainer_callback(
 
     on_checkpoint comes when the Trainer saves; `state.loss` is what it logged last. A hook that sets
     `state.stop` ends training. The penalty is added after the Trainer's clipping, decoupled from the loss.
-    MissingExtra without transformers.
+    θ0 is what the model held when the Trainer was made, also for a run that `resume_from_checkpoint` goes on with:
+    make it with the base, as for the first part. MissingExtra without transformers.
     """
     try:
         from transformers import TrainerCallback
@@ -157,8 +166,12 @@ def trainer_callback(
         )  # fmt: skip
 
     class Callback(TrainerCallback):  # type: ignore[misc]
+        def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            if model is not None:  # there is none yet where model_init makes it
+                watch.begin(model)
+
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-            watch.begin(model)
+            watch.begin(model, resumed=state.global_step > 0)
 
         def on_pre_optimizer_step(
             self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
@@ -188,7 +201,10 @@ def lightning_callback(
     on_checkpoint: Hooks = (),
     penalty: Objective | None = None,
 ) -> Any:
-    """The same for a Lightning Trainer, under `lightning` or `pytorch_lightning`. MissingExtra without either."""
+    """The same for a Lightning Trainer, under `lightning` or `pytorch_lightning`. MissingExtra without either.
+
+    θ0 is what the module holds as `fit` is called, before it restores a `ckpt_path`.
+    """
     callback = _lightning_base()
     watch = _Watch(on_gradient, on_step, on_checkpoint, penalty)
     last = {"loss": math.nan, "step": -1}
@@ -201,8 +217,11 @@ def lightning_callback(
         )  # fmt: skip
 
     class Callback(callback):  # type: ignore[misc, valid-type]
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            watch.begin(pl_module)  # before weights are restored
+
         def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-            watch.begin(pl_module)
+            watch.begin(pl_module, resumed=trainer.ckpt_path is not None)
 
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
             watch.before_step(pl_module, state_of(trainer, pl_module, optimizer))
