@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from weft.checkpoints.dtypes import SAFETENSORS_DTYPES
+from weft.checkpoints.dtypes import DTYPES
 from weft.checkpoints.load import load
 from weft.checkpoints.memory import StateDict
 from weft.checkpoints.safetensors import SafetensorsFile
@@ -26,7 +26,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))
 
 
-@pytest.mark.parametrize("dtype", SAFETENSORS_DTYPES.values(), ids=SAFETENSORS_DTYPES)
+@pytest.mark.parametrize("dtype", [d.torch for d in DTYPES.values()], ids=DTYPES)
 def test_every_dtype(tmp_path, dtype):
     tensors = {
         "a": random_tensor(dtype, 3, 5),

@@ -149,11 +149,11 @@ def test_a_guess_of_a_threshold_never_decides(
     plain = build()
     hints = []
 
-    def hint(self: Kernels, node: Merge, names: list[str], j: int) -> torch.Tensor:
+    def hint(self: Kernels, node: Merge, names: list[str], j: int) -> np.ndarray:
         step = node.pipeline(names[0]).steps[j]
         q = len(step.step.stat.ranks(step.params, 3, 10)[0])  # type: ignore[union-attr]
         hints.append(q)
-        return torch.tensor(wrong).repeat(3, q, 1)
+        return np.tile(np.array(wrong), (3, q, 1))
 
     monkeypatch.setattr(Kernels, "hint", hint)
     with executing(Execution(chunk=TILE, kernels=Kernels())):

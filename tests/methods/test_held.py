@@ -19,5 +19,5 @@ def test_any_range_of_what_is_held(grain: int) -> None:
     for start, stop in [(0, numel), (0, 1), (TILE - 3, 8 * TILE + 5), (numel - 1, numel), (5, 16 * TILE + 9)]:
         first, none, last = held.values(start, stop)
         assert none is None and first is not None and last is not None
-        assert torch.equal(first, torch.arange(start, stop))
-        assert torch.equal(last, torch.arange(start, stop) + 7)
+        assert torch.equal(first.tensor(), torch.arange(start, stop))
+        assert torch.equal(last.tensor(), torch.arange(start, stop) + 7)

@@ -36,7 +36,7 @@ def stream(stat, x, params, at, tiles):
             for a in range(0, max(flat.shape[1], 1), TILE * tiles)
         ]
         memo = stat.combine(stat.join(parts), memo, params, flat.shape[1])
-    return stat.result(memo, params)
+    return {n: torch.as_tensor(v) for n, v in stat.result(memo, params).items()}
 
 
 STATS = {

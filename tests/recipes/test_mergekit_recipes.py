@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
+from weft.checkpoints.dtypes import F16
 from weft.methods.registry import METHODS
 from weft.methods.step import At
 from weft.recipes import read
@@ -52,7 +52,7 @@ dtype: float16
 """)
     assert recipe.models == ("org/writer-7b", "org/coder-7b") and recipe.base is None
     assert recipe.params(HEAD) == {"weight": [1.0, 0.3], "normalize": True}
-    assert recipe.dtype is torch.float16
+    assert recipe.dtype == F16
     assert differences(recipe) == [
         "sums are taken in float32 at least and rounded to float16 once; MergeKit computes in float16"
     ]

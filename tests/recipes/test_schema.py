@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from weft.checkpoints.dtypes import BF16
 from weft.checkpoints.refs import Ref
 from weft.errors import DataError, Problems, UsageError
 from weft.methods.step import At
@@ -41,7 +42,7 @@ def test_weft_keys() -> None:
     assert (recipe.method.name, recipe.base, recipe.models) == ("ties", "b", ("x", "y"))
     assert recipe.params(AT)["weight"] == [1.0, 2.0] and recipe.params(AT)["density"] == 0.1
     assert (recipe.seed, recipe.missing, recipe.mismatch, recipe.nonfinite) == (7, "carry", "carry", "allow")
-    assert recipe.dtype is torch.bfloat16
+    assert recipe.dtype == BF16
 
 
 def test_all_problems_at_once() -> None:
@@ -286,7 +287,7 @@ def test_tokenizer() -> None:
 
 
 def test_out_dtype_wins() -> None:
-    assert one("method: linear\nmodels: [a]\ndtype: float32\nout_dtype: bfloat16").dtype is torch.bfloat16
+    assert one("method: linear\nmodels: [a]\ndtype: float32\nout_dtype: bfloat16").dtype == BF16
 
 
 def test_files(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ class _Ready:
         self.pairs = pairs
 
     def __enter__(self) -> None:
-        self._alone = executing(replace(execution(), map=map_here, device=torch.device("cpu")))
+        self._alone = executing(replace(execution(), map=map_here, where="cpu"))
         self._alone.__enter__()
         for source, name in self.pairs:
             source.ready(name)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from weft.checkpoints.base import TensorInfo
+from weft.checkpoints.dtypes import DType
 from weft.methods.layers import block_of
 from weft.recipes.kinds import after_blocks, kinds_of
 
@@ -59,11 +58,11 @@ class Group:
 
 def patterns(tensors: Mapping[str, TensorInfo]) -> list[Group]:
     """Tensors grouped by name pattern, shape and dtype, in the order of the data's flow."""
-    found: dict[tuple[str, tuple[int, ...], torch.dtype], list[str]] = {}
+    found: dict[tuple[str, tuple[int, ...], DType], list[str]] = {}
     for name in in_order(tensors):
         info = tensors[name]
         form = ".".join("{}" if _is_index(p) else p for p in name.split("."))
-        found.setdefault((form, info.shape, info.dtype), []).append(name)
+        found.setdefault((form, info.shape, info.kind), []).append(name)
     return [
         Group(_pattern(names), TensorInfo(shape, dtype), tuple(names))
         for (_, shape, dtype), names in found.items()

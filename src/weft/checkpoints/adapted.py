@@ -10,15 +10,13 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from weft.checkpoints.adapters import Lora
 from weft.checkpoints.base import Asset, Checkpoint, TensorInfo
 from weft.checkpoints.dtypes import round_to
 from weft.checkpoints.fitting import fit, is_transposed, scaled_axis
 from weft.checkpoints.ranges import element_range
 from weft.checkpoints.updates import Experts, Pair, Update
+from weft.late import Tensor, torch
 
 _BLOCK = 1 << 22
 """Elements of the base that the first pass of a transposed DoRA holds at once."""

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from math import lcm
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from weft.checkpoints.base import Asset, Checkpoint, TensorInfo
+from weft.checkpoints.bits import Bits, join
+from weft.checkpoints.dtypes import DType
 from weft.checkpoints.ranges import element_range
 from weft.errors import DataProblems, UsageError
+from weft.late import Tensor, torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +163,21 @@ class Assembled(Checkpoint):
             wide = torch.promote_types(wide, part.dtype)
         return torch.cat([p.to(wide) for p in parts])
 
+    def bits(self, name: str, start: int = 0, stop: int | None = None, *, dtype: DType | None = None) -> Bits:
+        start, stop = element_range(name, self.info(name), start, stop, 1)
+        spans = list(self._overlapping(name, start, stop))
+        if len({dtype or s.source.info(s.name).kind for s, _, _ in spans}) != 1:
+            return super().bits(name, start, stop, dtype=dtype)
+        parts = []
+        for span, a, b in spans:
+            first, last = _widened(span, a, b)
+            parts.append(span.source.bits(span.name, first, last, dtype=dtype)[a - first : b - first])
+        return (
+            join(parts)
+            if len({p.dtype for p in parts}) == 1
+            else super().bits(name, start, stop, dtype=dtype)
+        )
+
     def _overlapping(self, name: str, start: int, stop: int) -> Iterator[tuple[Span, int, int]]:
         """The spans within `[start, stop)` of the output, each with the range of its own source tensor."""
         offset = 0
@@ -234,7 +249,7 @@ class Assembled(Checkpoint):
 def _info(whole: Whole) -> TensorInfo:
     first = whole.spans[0].source.info(whole.spans[0].name)
     shape = first.shape if whole.shape is None else whole.shape
-    return TensorInfo(tuple(shape), whole.dtype or first.dtype)
+    return TensorInfo(tuple(shape), whole.dtype or first.kind)
 
 
 def _widened(span: Span, start: int, stop: int) -> tuple[int, int]:

@@ -15,11 +15,11 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from weft.checkpoints.bits import Bits
+from weft.checkpoints.dtypes import DType
 from weft.checkpoints.orientation import inputs_first
 from weft.errors import UsageError, did_you_mean
+from weft.late import Tensor, torch
 
 if TYPE_CHECKING:
     from weft.checkpoints.lazy import Affine
@@ -28,12 +28,21 @@ ANY_RANGE = 1
 """The grain of a tensor that may be read in any range of elements."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class TensorInfo:
     """Shape and storage dtype of one tensor."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    kind: DType
+    """The dtype as weft's own; to know it takes no torch."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype | DType) -> None:
+        object.__setattr__(self, "shape", shape)
+        object.__setattr__(self, "kind", DType.of(dtype))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.kind.torch
 
     @property
     def numel(self) -> int:
@@ -41,7 +50,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
+        return self.numel * self.kind.itemsize
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,10 @@ class Checkpoint(ABC):
         The result is the caller's to read; whether it may be written to is not promised.
         `start` and `stop` must be multiples of `grain(name)` (or the end).
         """
+
+    def bits(self, name: str, start: int = 0, stop: int | None = None, *, dtype: DType | None = None) -> Bits:
+        """`read`, as bits: of what is only moved, or made by kernels, torch need not be imported."""
+        return Bits.of(self.read(name, start, stop, dtype=None if dtype is None else dtype.torch))
 
     def inputs_first(self, name: str) -> bool:
         """Whether a weight is stored [in, out], by the module it is of, or by the config and its name."""
@@ -175,7 +188,7 @@ class Checkpoint(ABC):
 
     def working_bytes(self, name: str, count: int) -> int:
         """Memory that reading `count` elements takes at its peak, the result included; an upper bound."""
-        itemsize = self.info(name).dtype.itemsize
+        itemsize = self.info(name).kind.itemsize
         inner = sum(s.working_bytes(name, count) for s in self.inputs if name in s)
         return inner + count * (itemsize if not self.inputs else 24)
 

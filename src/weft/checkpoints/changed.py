@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor
-
 from weft.checkpoints.base import Checkpoint
 from weft.checkpoints.dtypes import round_to
 from weft.checkpoints.lazy import Derived
 from weft.checkpoints.memory import flat_range
 from weft.checkpoints.ranges import element_range
 from weft.errors import DataProblems
+from weft.late import Tensor, torch
 
 
 class Changed(Derived):

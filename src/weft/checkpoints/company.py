@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from weft.checkpoints.base import Asset, Checkpoint
+from weft.checkpoints.bits import Bits
+from weft.checkpoints.dtypes import DType
 from weft.checkpoints.lazy import Derived
+from weft.late import Tensor, torch
 
 
 class InCompany(Derived):
@@ -38,6 +38,9 @@ class InCompany(Derived):
         self, name: str, start: int = 0, stop: int | None = None, *, dtype: torch.dtype | None = None
     ) -> Tensor:
         return self.first.read(name, start, stop, dtype=dtype)
+
+    def bits(self, name: str, start: int = 0, stop: int | None = None, *, dtype: DType | None = None) -> Bits:
+        return self.first.bits(name, start, stop, dtype=dtype)
 
 
 def asset(name: str, data: bytes) -> Asset:

@@ -1,64 +1,121 @@
-"""Names, widths and rounding of the storage dtypes (the safetensors table, as torch sees it)."""
+"""Storage dtypes: names, widths and rounding (the safetensors table, as torch and numpy see it).
+
+`DType` is weft's own, so that files can be read, merged by kernels and written without torch; `DType.torch` is
+torch's. Where a dtype is asked for, either will do.
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from weft.errors import UsageError, did_you_mean
+from weft.late import Tensor, torch
 
-SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
+if TYPE_CHECKING:
+    import torch as _torch
+
+
+@dataclass(frozen=True)
+class DType:
+    """One storage dtype, under torch's name."""
+
+    name: str
+    itemsize: int
+    """Bytes of one value."""
+    code: str | None = None
+    """What safetensors calls it; None for what it does not know."""
+    raw: str | None = None
+    """numpy's dtype of its bits; None where numpy has none."""
+    mergeable: bool = False
+    """Whether it is a real floating dtype; integers, bools and complex numbers are carried, never averaged."""
+
+    @staticmethod
+    def of(dtype: DType | _torch.dtype) -> DType:
+        """From torch's, or as it is."""
+        if isinstance(dtype, DType):
+            return dtype
+        name = str(dtype).removeprefix("torch.")
+        return _BY_NAME.get(name) or DType(name, dtype.itemsize, mergeable=dtype.is_floating_point)
+
+    @cached_property
+    def torch(self) -> _torch.dtype:
+        found: _torch.dtype = getattr(torch, self.name)
+        return found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DType, (self.name, self.itemsize, self.code, self.raw, self.mergeable)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+F64, F32 = DType("float64", 8, "F64", "<f8", True), DType("float32", 4, "F32", "<f4", True)
+F16, BF16 = DType("float16", 2, "F16", "<f2", True), DType("bfloat16", 2, "BF16", "<u2", True)
+
+DTYPES: dict[str, DType] = {
+    d.code: d
+    for d in (
+        F64,
+        F32,
+        F16,
+        BF16,
+        DType("float8_e4m3fn", 1, "F8_E4M3", "u1", True),
+        DType("float8_e5m2", 1, "F8_E5M2", "u1", True),
+        DType("float8_e4m3fnuz", 1, "F8_E4M3FNUZ", "u1", True),
+        DType("float8_e5m2fnuz", 1, "F8_E5M2FNUZ", "u1", True),
+        DType("float8_e8m0fnu", 1, "F8_E8M0", "u1"),
+        DType("int64", 8, "I64", "<i8"),
+        DType("int32", 4, "I32", "<i4"),
+        DType("int16", 2, "I16", "<i2"),
+        DType("int8", 1, "I8", "i1"),
+        DType("uint64", 8, "U64", "<u8"),
+        DType("uint32", 4, "U32", "<u4"),
+        DType("uint16", 2, "U16", "<u2"),
+        DType("uint8", 1, "U8", "u1"),
+        DType("bool", 1, "BOOL", "?"),
+        DType("complex64", 8, "C64", "<c8"),
+    )
+    if d.code is not None
 }
-SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+"""By the name that safetensors gives them."""
+_BY_NAME = {d.name: d for d in DTYPES.values()}
 
 _SPELLINGS = {
-    "float64": torch.float64, "f64": torch.float64, "double": torch.float64,
-    "float32": torch.float32, "f32": torch.float32, "float": torch.float32, "fp32": torch.float32,
-    "float16": torch.float16, "f16": torch.float16, "half": torch.float16, "fp16": torch.float16,
-    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
-    "float8_e4m3fn": torch.float8_e4m3fn, "fp8": torch.float8_e4m3fn,
-    "float8_e5m2": torch.float8_e5m2,
+    "float64": F64, "f64": F64, "double": F64,
+    "float32": F32, "f32": F32, "float": F32, "fp32": F32,
+    "float16": F16, "f16": F16, "half": F16, "fp16": F16,
+    "bfloat16": BF16, "bf16": BF16,
+    "float8_e4m3fn": _BY_NAME["float8_e4m3fn"], "fp8": _BY_NAME["float8_e4m3fn"],
+    "float8_e5m2": _BY_NAME["float8_e5m2"],
 }  # fmt: skip
 
 
-def parse_dtype(text: str) -> torch.dtype:
-    """`"bfloat16"`, `"bf16"`, `"torch.bfloat16"` → torch.bfloat16. Raises UsageError for others."""
+def spelled(text: str) -> DType:
+    """`"bfloat16"`, `"bf16"`, `"torch.bfloat16"` → BF16. Raises UsageError for others."""
     key = text.strip().lower().removeprefix("torch.")
     if key not in _SPELLINGS:
         raise UsageError(f"unknown dtype {text!r}{did_you_mean(key, _SPELLINGS)}")
     return _SPELLINGS[key]
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def parse_dtype(text: str) -> _torch.dtype:
+    """`spelled`, as torch's dtype."""
+    return spelled(text).torch
+
+
+def dtype_name(dtype: DType | _torch.dtype) -> str:
     """torch.bfloat16 → `"bfloat16"`."""
-    return str(dtype).removeprefix("torch.")
+    return DType.of(dtype).name
 
 
-def is_mergeable(dtype: torch.dtype) -> bool:
+def is_mergeable(dtype: DType | _torch.dtype) -> bool:
     """True for the real floating dtypes; integers, bools and complex numbers are carried, never averaged."""
-    return dtype.is_floating_point and dtype != torch.float8_e8m0fnu
+    return DType.of(dtype).mergeable
 
 
-def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
+def round_to(x: Tensor, dtype: _torch.dtype) -> Tensor:
     """Round once, to nearest even, from the working dtype to the storage dtype.
 
     float64 → 16 or 8 bits must not pass through a nearest-rounded float32 (two roundings differ from one

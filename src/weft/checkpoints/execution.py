@@ -10,12 +10,11 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import lcm
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
+from weft.late import Tensor, torch
 
 TILE = 1 << 14
 """Elements of one tile. Every range begins at a multiple, so that sums kept by tile don't depend on the cut."""
@@ -35,13 +34,18 @@ class Execution:
 
     chunk: int = 1 << 18
     """Elements of one range; a power of two not below the statistics' tile."""
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    where: str = "cpu"
+    """The device, as torch names it."""
     map: Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]] = map_here
     """Maps a function over ranges, in parallel where there are threads; results in order."""
     kernels: Any = None
     """Fused kernels (engine/kernels) or None; an optimisation that never changes what is computed."""
     surveyed: Callable[[int], None] = lambda nbytes: None
     """Told how many stored bytes a first pass has read, for the progress display."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.where)
 
 
 _CURRENT: ContextVar[Execution | None] = ContextVar("weft_execution", default=None)

@@ -6,12 +6,11 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from weft.checkpoints.base import Asset, Checkpoint, TensorInfo
-from weft.checkpoints.dtypes import is_mergeable, round_to
+from weft.checkpoints.bits import Bits
+from weft.checkpoints.dtypes import DType, is_mergeable, round_to
 from weft.errors import DataProblems, UsageError
+from weft.late import Tensor, torch
 
 
 class Derived(Checkpoint):
@@ -89,7 +88,7 @@ class Affine(Derived):
     def read(
         self, name: str, start: int = 0, stop: int | None = None, *, dtype: torch.dtype | None = None
     ) -> Tensor:
-        if not is_mergeable(self.info(name).dtype):
+        if not self.info(name).kind.mergeable:
             return self.first.read(name, start, stop, dtype=dtype)
         total: Tensor | None = None
         for c, source in self.terms:
@@ -138,14 +137,14 @@ def _same_tensors(sources: Sequence[Checkpoint]) -> None:
 class Cast(Derived):
     """The floating tensors in another storage dtype; the values round once, when they are read."""
 
-    def __init__(self, source: Checkpoint, dtype: torch.dtype) -> None:
+    def __init__(self, source: Checkpoint, dtype: torch.dtype | DType) -> None:
         super().__init__(source)
         if not is_mergeable(dtype):
             raise UsageError(f"cannot store weights as {dtype}: choose a floating dtype")
-        self.dtype = dtype
+        self.kind = DType.of(dtype)
         self.origin = source.origin
         self._tensors = {
-            n: TensorInfo(i.shape, dtype) if is_mergeable(i.dtype) else i for n, i in source.tensors.items()
+            n: TensorInfo(i.shape, dtype) if i.kind.mergeable else i for n, i in source.tensors.items()
         }
 
     @property
@@ -154,16 +153,22 @@ class Cast(Derived):
 
     def identity(self) -> str | None:
         inner = super().identity()
-        return inner and f"{self.dtype}{inner}"
+        return inner and f"{self.kind}{inner}"
 
     def read(
         self, name: str, start: int = 0, stop: int | None = None, *, dtype: torch.dtype | None = None
     ) -> Tensor:
         # the values round to this node's dtype, then (if another is asked for) again, as a saved file's would
-        if dtype is not None and dtype != self.dtype and is_mergeable(self.info(name).dtype):
-            return round_to(self.first.read(name, start, stop, dtype=self.dtype), dtype)
-        wanted = self.dtype if dtype is None and is_mergeable(self.info(name).dtype) else dtype
+        if dtype is not None and DType.of(dtype) != self.kind and self.info(name).kind.mergeable:
+            return round_to(self.first.read(name, start, stop, dtype=self.kind.torch), dtype)
+        wanted = self.kind.torch if dtype is None and self.info(name).kind.mergeable else dtype
         return self.first.read(name, start, stop, dtype=wanted)
+
+    def bits(self, name: str, start: int = 0, stop: int | None = None, *, dtype: DType | None = None) -> Bits:
+        floating = self.info(name).kind.mergeable
+        if floating and dtype not in (None, self.kind):
+            return super().bits(name, start, stop, dtype=dtype)
+        return self.first.bits(name, start, stop, dtype=self.kind if floating else dtype)
 
 
 class Renamed(Derived):
@@ -231,6 +236,10 @@ class Renamed(Derived):
     ) -> Tensor:
         self.info(name)
         return self.first.read(self._old[name], start, stop, dtype=dtype)
+
+    def bits(self, name: str, start: int = 0, stop: int | None = None, *, dtype: DType | None = None) -> Bits:
+        self.info(name)
+        return self.first.bits(self._old[name], start, stop, dtype=dtype)
 
 
 def subset(source: Checkpoint, names: Iterable[str]) -> Renamed:

@@ -10,14 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from weft.checkpoints.base import Checkpoint, TensorInfo
 from weft.checkpoints.dtypes import round_to
 from weft.checkpoints.limits import shown, tensor_name_problem
 from weft.checkpoints.ranges import element_range
 from weft.errors import DataProblems, UsageError
+from weft.late import Tensor, torch
 
 SINGLE = "tensor"
 """The name a lone tensor or array gets."""
@@ -28,7 +27,7 @@ class StateDict(Checkpoint):
 
     def __init__(
         self,
-        source: nn.Module | Mapping[str, Any] | Tensor | np.ndarray[Any, Any],
+        source: torch.nn.Module | Mapping[str, Any] | Tensor | np.ndarray[Any, Any],
         origin: str | None = None,
     ) -> None:
         self.origin = origin or _called(source)
@@ -101,14 +100,14 @@ def _called(source: object) -> str:
 
 def _turned(source: object) -> frozenset[str]:
     """The weights of a module's layers of transformers' class Conv1D, which are stored [in, out]."""
-    if not isinstance(source, nn.Module):
+    if not isinstance(source, torch.nn.Module):
         return frozenset()
     layers = (n for n, m in source.named_modules() if type(m).__name__ == "Conv1D")
     return frozenset(f"{n}.weight" if n else "weight" for n in layers)
 
 
 def _items(source: object) -> list[tuple[Any, Any]]:
-    if isinstance(source, nn.Module):
+    if isinstance(source, torch.nn.Module):
         return list(source.state_dict().items())
     if isinstance(source, Mapping):
         return list(source.items())

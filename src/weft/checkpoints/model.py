@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from weft.checkpoints.base import Asset, Checkpoint, TensorInfo, WeightFile
+from weft.checkpoints.bits import Bits
+from weft.checkpoints.dtypes import DType
 from weft.checkpoints.folders import Folder
 from weft.checkpoints.limits import DEFAULT_LIMITS, Limits, check_file_name
 from weft.checkpoints.strictjson import parse_json
+from weft.late import Tensor, torch
 
 CONFIG = "config.json"
 
@@ -91,6 +91,9 @@ class Model(Checkpoint):
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         return self.weights.read(name, start, stop, dtype=dtype)
+
+    def bits(self, name: str, start: int = 0, stop: int | None = None, *, dtype: DType | None = None) -> Bits:
+        return self.weights.bits(name, start, stop, dtype=dtype)
 
     def prefetch(self, name: str, start: int = 0, stop: int | None = None) -> None:
         self.weights.prefetch(name, start, stop)

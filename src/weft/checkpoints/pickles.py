@@ -13,10 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from weft.checkpoints.limits import DEFAULT_LIMITS, Limits, shown
 from weft.errors import UnsafeFile
+from weft.late import torch
 
 _STORAGES = {
     "DoubleStorage": torch.float64,

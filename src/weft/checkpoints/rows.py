@@ -16,14 +16,13 @@ from math import prod
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from weft.checkpoints.base import Asset, Checkpoint, TensorInfo
 from weft.checkpoints.dtypes import round_to
 from weft.checkpoints.ranges import element_range
 from weft.checkpoints.rowmap import Ints, RowMap
 from weft.errors import DataProblems
+from weft.late import Tensor, torch
 
 Held = dict[int, Tensor]
 """Whole tables in memory, by number of the source."""

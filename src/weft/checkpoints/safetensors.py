@@ -15,16 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from weft.checkpoints.base import Checkpoint, TensorInfo, WeightFile
-from weft.checkpoints.dtypes import SAFETENSORS_DTYPES, round_to
+from weft.checkpoints.bits import Bits
+from weft.checkpoints.dtypes import DTYPES, DType, round_to
 from weft.checkpoints.limits import DEFAULT_LIMITS, Limits, shown, tensor_name_problem
 from weft.checkpoints.ranges import element_range
 from weft.checkpoints.sources import ByteSource, LocalSource
 from weft.checkpoints.strictjson import parse_json
 from weft.errors import UnsafeFile
+from weft.late import Tensor, torch
 
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 
@@ -121,7 +120,7 @@ def _entry(name: str, entry: Any, where: str, limits: Limits) -> tuple[TensorInf
             "write the file again",
         )
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    dtype = SAFETENSORS_DTYPES.get(kind) if isinstance(kind, str) else None
+    dtype = DTYPES.get(kind) if isinstance(kind, str) else None
     if dtype is None:
         raise UnsafeFile(
             "dtype",
@@ -207,28 +206,28 @@ class SafetensorsFile(Checkpoint):
         *,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        info = self.info(name)
-        start, stop = element_range(name, info, start, stop)
-        values = torch.empty(stop - start, dtype=info.dtype)
-        if stop > start:
-            self._source.read_into(memory_of(values), self._offsets[name] + start * info.dtype.itemsize)
+        values = self.bits(name, start, stop).tensor()
         return values if dtype is None else round_to(values, dtype)
+
+    def bits(self, name: str, start: int = 0, stop: int | None = None, *, dtype: DType | None = None) -> Bits:
+        info = self.info(name)
+        if dtype is not None and dtype != info.kind:
+            return super().bits(name, start, stop, dtype=dtype)
+        start, stop = element_range(name, info, start, stop)
+        values = Bits.empty(stop - start, info.kind)
+        if stop > start:
+            self._source.read_into(values.memory, self._offsets[name] + start * info.kind.itemsize)
+        return values
 
     def prefetch(self, name: str, start: int = 0, stop: int | None = None) -> None:
         info = self.info(name)
         start, stop = element_range(name, info, start, stop)
-        width = info.dtype.itemsize
+        width = info.kind.itemsize
         self._source.prefetch(self._offsets[name] + start * width, (stop - start) * width)
 
     @property
     def files(self) -> tuple[WeightFile, ...]:
         return (weight_file(self._source),)
-
-
-def memory_of(values: Tensor) -> memoryview:
-    """The bytes of a contiguous 1-D CPU tensor, to be filled in place."""
-    array: Any = values.view(torch.uint8).numpy()
-    return memoryview(array)
 
 
 def weight_file(source: ByteSource) -> WeightFile:

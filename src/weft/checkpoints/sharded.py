@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from weft.checkpoints.base import Checkpoint, TensorInfo, WeightFile
+from weft.checkpoints.bits import Bits
+from weft.checkpoints.dtypes import DType
 from weft.checkpoints.folders import Folder
 from weft.checkpoints.limits import DEFAULT_LIMITS, Limits, check_file_name, shown
 from weft.checkpoints.strictjson import parse_json
 from weft.errors import DataProblems, UnsafeFile
+from weft.late import Tensor, torch
 
 _LISTED = 20
 
@@ -56,6 +56,10 @@ class Sharded(Checkpoint):
     ) -> Tensor:
         self.info(name)
         return self._home[name].read(name, start, stop, dtype=dtype)
+
+    def bits(self, name: str, start: int = 0, stop: int | None = None, *, dtype: DType | None = None) -> Bits:
+        self.info(name)
+        return self._home[name].bits(name, start, stop, dtype=dtype)
 
     def grain(self, name: str) -> int:
         self.info(name)

@@ -11,18 +11,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from weft.checkpoints.base import Checkpoint, TensorInfo, WeightFile
+from weft.checkpoints.bits import Bits
 from weft.checkpoints.containers import read_container
 from weft.checkpoints.dtypes import round_to
 from weft.checkpoints.limits import DEFAULT_LIMITS, Limits, shown, tensor_name_problem
 from weft.checkpoints.pickles import StoredTensor
 from weft.checkpoints.ranges import element_range
-from weft.checkpoints.safetensors import memory_of, weight_file
+from weft.checkpoints.safetensors import weight_file
 from weft.checkpoints.sources import ByteSource, LocalSource
 from weft.errors import DataError, UnsafeFile
+from weft.late import Tensor, torch
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 _DEPTH = 32
@@ -132,7 +131,7 @@ class TorchFile(Checkpoint):
     def _elements(self, view: StoredTensor, first: int, count: int) -> Tensor:
         values = torch.empty(count, dtype=view.dtype)
         begin = self._storages[view.storage.key][0] + first * view.dtype.itemsize
-        self._source.read_into(memory_of(values), begin)
+        self._source.read_into(Bits.of(values).memory, begin)
         return values
 
 

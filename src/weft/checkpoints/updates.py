@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, Protocol
 
-import torch
-from torch import Tensor
-
 from weft.checkpoints.base import Checkpoint
+from weft.late import Tensor, torch
 
 Pair = tuple[Tensor, Tensor]
 

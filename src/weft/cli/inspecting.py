@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from weft.analysis.groups import patterns
 from weft.checkpoints.base import Checkpoint
-from weft.checkpoints.dtypes import dtype_name
 from weft.checkpoints.load import load
 from weft.cli.output import console, figure, one_line, percent, print_json, shape_text, table
 from weft.engine.budget import show_size
@@ -53,7 +52,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     infos, found = checkpoint.tensors, layout(checkpoint)
     parameters: Counter[str] = Counter()
     for info in infos.values():
-        parameters[dtype_name(info.dtype)] += info.numel
+        parameters[info.kind.name] += info.numel
     return {
         "origin": checkpoint.origin,
         "format": _format(checkpoint),
@@ -69,7 +68,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "assets": [a.name for a in checkpoint.assets],
         "skipped": list(getattr(checkpoint, "skipped", ())),
         "tensors": [
-            {"name": n, "shape": list(i.shape), "dtype": dtype_name(i.dtype), "bytes": i.nbytes}
+            {"name": n, "shape": list(i.shape), "dtype": i.kind.name, "bytes": i.nbytes}
             for n, i in infos.items()
         ],
     }
@@ -152,7 +151,7 @@ def _show_tensors(checkpoint: Checkpoint, found: Mapping[str, Values] | None) ->
     for group in patterns(checkpoint.tensors):
         info, count = group.info, len(group.names)
         row = [one_line(group.pattern), f"×{count}" if count > 1 else "", shape_text(info.shape),
-               dtype_name(info.dtype), f"{info.numel * count:,}"]  # fmt: skip
+               info.kind.name, f"{info.numel * count:,}"]  # fmt: skip
         if found is not None:
             row += _figures(found, group.names)
         listed.add_row(*row)

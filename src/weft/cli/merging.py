@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from weft.checkpoints.base import Checkpoint
-from weft.checkpoints.dtypes import dtype_name, parse_dtype
+from weft.checkpoints.dtypes import spelled
 from weft.cli.output import console, note, one_line, print_json, safe, shape_text, table
 from weft.engine.budget import show_size
 from weft.engine.plan import Plan
@@ -49,7 +49,7 @@ def run(
     recipes = read(recipe, sets)
     checkpoint = build(recipes, seed=seed)
     chosen = target(recipes)
-    settings["dtype"] = parse_dtype(dtype) if dtype else None
+    settings["dtype"] = spelled(dtype) if dtype else None
     if explain is not None:
         _show_explanation(checkpoint, explain, as_json)
         return 0
@@ -180,7 +180,7 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
         {
             "name": n,
             "shape": list(i.shape),
-            "dtype": dtype_name(i.dtype),
+            "dtype": i.kind.name,
             "bytes": i.nbytes,
             "steps": how(plan.checkpoint, n),
         }
@@ -232,7 +232,7 @@ def explanation(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
         "origin": checkpoint.origin,
         "tensor": name,
         "shape": list(info.shape),
-        "dtype": dtype_name(info.dtype),
+        "dtype": info.kind.name,
     }
     if checkpoint.inputs:
         told["steps"] = how(checkpoint, name)

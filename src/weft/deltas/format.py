@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from weft.checkpoints.dtypes import SAFETENSORS_DTYPES, dtype_name
+from weft.checkpoints.dtypes import DTYPES, dtype_name
 from weft.checkpoints.limits import DEFAULT_LIMITS, Limits, shown, tensor_name_problem
 from weft.checkpoints.load import DELTA_CONFIG, DELTA_WEIGHTS
 from weft.checkpoints.strictjson import parse_json
@@ -29,7 +29,7 @@ DELTA_FILE, WEIGHTS = DELTA_CONFIG, DELTA_WEIGHTS
 VERSION = 1
 SCHEMES: dict[str, type] = {s.kind: s for s in (Exact, Whole, Sparse, LowRank, Sign, Quantised)}
 _KEYS = {"format", "version", "base", "config", "aliases", "removed", "dropped_files", "tensors"}
-_DTYPES = {dtype_name(d): d for d in SAFETENSORS_DTYPES.values()}
+_DTYPES = {d.name: d.torch for d in DTYPES.values()}
 _MOST = 2**62
 
 

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from weft.checkpoints.base import Checkpoint
+from weft.checkpoints.bits import Bits
 from weft.checkpoints.dtypes import dtype_name, is_mergeable
 from weft.deltas.format import BaseRecord
 from weft.deltas.node import Delta
 from weft.deltas.pair import read_any
-from weft.engine.writer import raw_bytes
 from weft.errors import DataError
 
 _TENSORS, _ELEMENTS = 32, 1024
@@ -56,7 +56,7 @@ def _computed(base: Checkpoint) -> bool:
 def _digest(base: Checkpoint, names: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for values in _sampled(base, sorted(n for n in names if base.info(n).numel)):
-        digest.update(raw_bytes(values))
+        digest.update(Bits.of(values).memory)
     return digest.hexdigest()
 
 

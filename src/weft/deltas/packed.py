@@ -86,7 +86,7 @@ class Packed(Checkpoint):
             if home in self._prepared:
                 return
             # alone: a thread that helped another here, holding this lock, could come to wait for that other's
-            with executing(replace(execution(), map=map_here, device=torch.device("cpu"))):
+            with executing(replace(execution(), map=map_here, where="cpu")):
                 self._inputs_ready(encoder)
                 encoder.prepare()
                 self._inputs_ready(encoder)  # a decomposition lets go of what it read

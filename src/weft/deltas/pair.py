@@ -84,7 +84,7 @@ class Pair:
     @contextmanager
     def prepared(self) -> Iterator[None]:
         """Gather what must precede reading (statistics of a merge), and forget it afterwards; in this thread."""
-        with executing(replace(execution(), map=map_here, device=torch.device("cpu"))):
+        with executing(replace(execution(), map=map_here, where="cpu")):
             self.model.ready(self.name)
             self.base.ready(self.theirs)
             try:

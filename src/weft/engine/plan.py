@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from weft.checkpoints.base import Checkpoint, TensorInfo
-from weft.checkpoints.dtypes import dtype_name, is_mergeable
+from weft.checkpoints.dtypes import DType
 from weft.checkpoints.execution import TILE, ranges
 from weft.engine.budget import show_size
 from weft.engine.writer import Layout, lay_out
 from weft.errors import DataProblems, UsageError
+from weft.late import torch
 
 MAX_CHUNK = 1 << 19
 DEVICE_CHUNK = 1 << 22
@@ -29,7 +28,7 @@ class Plan:
     chunk: int
     threads: int
     memory: int
-    device: torch.device
+    device: str
     bytes_read: int
     bytes_written: int
     peak_memory: int
@@ -47,7 +46,7 @@ class Plan:
 
     def cost(self, name: str, count: int) -> int:
         """Bytes held while a range is computed and written."""
-        return self.checkpoint.working_bytes(name, count) + count * self.tensors[name].dtype.itemsize
+        return self.checkpoint.working_bytes(name, count) + count * self.tensors[name].kind.itemsize
 
     def describe(self) -> dict[str, object]:
         """The plan as plain data, for `--dry-run` and the log."""
@@ -58,11 +57,11 @@ class Plan:
             "bytes_written": self.bytes_written,
             "files": dict(self.layout.sizes),
             "threads": self.threads,
-            "device": str(self.device),
+            "device": self.device,
             "memory": self.memory,
             "peak_memory": self.peak_memory,
             "chunk_elements": self.chunk,
-            "dtypes": sorted({dtype_name(i.dtype) for i in self.tensors.values()}),
+            "dtypes": sorted({i.kind.name for i in self.tensors.values()}),
         }
 
 
@@ -72,7 +71,7 @@ def make_plan(
     threads: int,
     memory: int,
     device: str = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | DType | None = None,
     shard_bytes: int = 5 * 10**9,
     stem: str = "model",
     metadata: Mapping[str, str] | None = None,
@@ -84,7 +83,7 @@ def make_plan(
     """
     where = parse_device(device)
     tensors = {
-        n: TensorInfo(i.shape, dtype) if dtype is not None and is_mergeable(i.dtype) else i
+        n: TensorInfo(i.shape, dtype) if dtype is not None and i.kind.mergeable else i
         for n, i in checkpoint.tensors.items()
     }
     if not tensors:
@@ -94,7 +93,7 @@ def make_plan(
     # tied names go where safetensors.torch.save_model puts them, so that load_model finds them
     if layout is None:
         layout = lay_out(tensors, shard_bytes, metadata or {"format": "pt", **checkpoint.aliases}, stem)
-    chunk = MAX_CHUNK if where.type == "cpu" else DEVICE_CHUNK
+    chunk = MAX_CHUNK if where == "cpu" else DEVICE_CHUNK
     # tensors that are needed whole don't get smaller with the chunk, so they have no say in it
     while chunk > TILE and threads * _range_cost(checkpoint, tensors, chunk, whole=False) > memory:
         chunk //= 2
@@ -102,7 +101,7 @@ def make_plan(
     for name, info in tensors.items():
         cuts = ranges(info.numel, checkpoint.grain(name), chunk)
         longest = max((b - a for a, b in cuts), default=0)
-        need = checkpoint.working_bytes(name, longest) + longest * info.dtype.itemsize
+        need = checkpoint.working_bytes(name, longest) + longest * info.kind.itemsize
         if need > memory:
             whole = "whole" if longest == info.numel else f"{longest:,} elements at a time"
             too_large.append(f"{name} {list(info.shape)} is needed {whole}: {show_size(need)}")
@@ -128,12 +127,14 @@ def _range_cost(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], chunk
         if not whole and 1 < info.numel <= grain:
             continue
         n = max((b - a for a, b in ranges(info.numel, grain, chunk)), default=0)
-        cost = max(cost, checkpoint.working_bytes(name, n) + n * info.dtype.itemsize)
+        cost = max(cost, checkpoint.working_bytes(name, n) + n * info.kind.itemsize)
     return cost
 
 
-def parse_device(device: str) -> torch.device:
-    """`"cpu"`, `"cuda"`, `"cuda:1"` → torch.device; UsageError if it is not there."""
+def parse_device(device: str) -> str:
+    """`"cpu"`, `"cuda"`, `"cuda:1"` as torch writes it; UsageError if it is not there."""
+    if device == "cpu":
+        return device  # whose looks torch need not be asked for
     try:
         where = torch.device(device)
     except RuntimeError:
@@ -142,4 +143,4 @@ def parse_device(device: str) -> torch.device:
         raise UsageError(f"{device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     if where.type not in ("cpu", "cuda"):
         raise UsageError(f"{device!r} is not supported: use cpu, cuda or cuda:1")
-    return where
+    return str(where)

@@ -10,7 +10,6 @@ from typing import Any
 
 from weft._version import __version__
 from weft.checkpoints.base import Checkpoint
-from weft.checkpoints.dtypes import dtype_name, is_mergeable
 from weft.engine.card import leaves
 from weft.engine.plan import Plan
 from weft.engine.writer import write_whole
@@ -28,8 +27,8 @@ def output_config(plan: Plan) -> tuple[dict[str, Any] | None, list[str]]:
     config = without_code(dict(source), notes)
     stored: dict[str, int] = {}
     for info in plan.tensors.values():
-        if is_mergeable(info.dtype):
-            name = dtype_name(info.dtype)
+        if info.kind.mergeable:
+            name = info.kind.name
             stored[name] = stored.get(name, 0) + info.numel
     if stored:
         _state_dtype(config, stored, notes)

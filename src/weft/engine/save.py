@@ -11,9 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from weft.checkpoints.base import Checkpoint
+from weft.checkpoints.dtypes import DType
 from weft.checkpoints.execution import Execution, executing, execution, map_here
 from weft.engine.budget import TIGHT, Budget, Frugal, default_memory, keep_freed, parse_size
 from weft.engine.card import README, model_card
@@ -31,6 +30,7 @@ from weft.engine.record import (
 from weft.engine.staging import Staging, fingerprint, refuse_existing, refuse_inputs
 from weft.engine.writer import SINGLE_FILES, PlacedFiles, write_whole
 from weft.errors import DataError, UsageError
+from weft.late import one_thread, torch
 
 MANIFEST = "weft-manifest.json"
 Event = Mapping[str, Any]
@@ -56,7 +56,7 @@ class Settings:
     threads: int | None = None
     device: str = "cpu"
     shard_size: int | str = "5GB"
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype | DType | None = None
     overwrite: bool = False
     kernels: bool = True
     digests: bool = True
@@ -73,7 +73,7 @@ class Settings:
         if out.suffix == ".gguf":
             from weft.export.gguf import as_gguf  # a room below: what writes safetensors does not need it
 
-            made = as_gguf(checkpoint, self.dtype)
+            made = as_gguf(checkpoint, None if self.dtype is None else DType.of(self.dtype).torch)
             checkpoint, layout = made, made.layout(out.name)
         elif hasattr(checkpoint, "layout"):
             raise UsageError(f"{out} does not end in .gguf, but {checkpoint.origin} is GGUF: name it so")
@@ -195,28 +195,24 @@ def _frugal(plan: Plan, plain: Callable[..., list[Any]]) -> Callable[..., list[A
 @contextmanager
 def working(plan: Plan, how: Settings) -> Iterator[WorkPool]:
     """Threads, and an execution in force that uses them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # weft's own threads share the ranges; nested ones would only contend
     if plan.memory >= TIGHT:
         keep_freed()
     kernels = None
-    if how.kernels and plan.device.type == "cpu" and plan.bytes_read >= _worth_compiling():
+    if how.kernels and plan.device == "cpu" and plan.bytes_read >= _worth_compiling():
         from weft.engine.kernels import Kernels
 
         kernels = Kernels()
-    try:
-        with WorkPool(plan.threads) as pool:
-            here = Execution(
-                chunk=plan.chunk,
-                device=plan.device,
-                map=_frugal(plan, pool.map),
-                kernels=kernels,
-                surveyed=lambda n: how.on_event({"event": "read", "bytes": n}),
-            )
-            with executing(here):
-                yield pool
-    finally:
-        torch.set_num_threads(before)
+    # weft's own threads share the ranges; nested ones of torch's would only contend
+    with one_thread(), WorkPool(plan.threads) as pool:
+        here = Execution(
+            chunk=plan.chunk,
+            where=plan.device,
+            map=_frugal(plan, pool.map),
+            kernels=kernels,
+            surveyed=lambda n: how.on_event({"event": "read", "bytes": n}),
+        )
+        with executing(here):
+            yield pool
 
 
 def _cores() -> int:
@@ -274,8 +270,7 @@ class Writing:
         def one(piece: tuple[int, int]) -> None:
             start, stop = piece
             with self.budget.holding(plan.cost(name, stop - start)):
-                values = plan.checkpoint.read(name, start, stop, dtype=info.dtype)
-                self.files.write(name, start, values)
+                self.files.write(name, start, plan.checkpoint.bits(name, start, stop, dtype=info.kind))
 
         pool.map(one, cut)
         self.on_event(

@@ -14,13 +14,9 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from weft.checkpoints.base import TensorInfo
-from weft.checkpoints.dtypes import SAFETENSORS_NAMES
+from weft.checkpoints.bits import Bits
 from weft.errors import DataError
 
 
@@ -77,14 +73,18 @@ def _header(
 ) -> tuple[bytes, dict[str, int], int]:
     """(length prefix and JSON header, offset of each tensor behind it, bytes of all tensors)."""
     # widest dtypes first keeps every tensor aligned without holes, which the format forbids
-    order = sorted(tensors, key=lambda n: -tensors[n].dtype.itemsize)
+    order = sorted(tensors, key=lambda n: -tensors[n].kind.itemsize)
     entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     offsets, end = {}, 0
     for name in order:
         info = tensors[name]
+        if info.kind.code is None:
+            raise DataError(
+                f"safetensors has no dtype {info.kind}, which {name!r} has: leave it out or convert it"
+            )
         offsets[name] = end
         entries[name] = {
-            "dtype": SAFETENSORS_NAMES[info.dtype],
+            "dtype": info.kind.code,
             "shape": list(info.shape),
             "data_offsets": [end, end + info.nbytes],
         }
@@ -92,13 +92,6 @@ def _header(
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, offsets, end
-
-
-def raw_bytes(values: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, little-endian, without a copy."""
-    flat = values.detach().contiguous().reshape(-1).view(torch.uint8)
-    array: Any = flat.numpy()
-    return memoryview(array).cast("B")
 
 
 SINGLE_FILES = (".safetensors", ".gguf")
@@ -145,15 +138,14 @@ class PlacedFiles:
             raise
         return fd
 
-    def write(self, name: str, start: int, values: Tensor) -> None:
+    def write(self, name: str, start: int, values: Bits) -> None:
         """Write elements from flat position `start` on."""
         place = self.layout.places[name]
         path = self.folder / place.file
-        data = raw_bytes(values)
         try:
             # one at a time: the system lets one writer into a file, and the others would spin at its door
             with self._turns[place.file]:
-                write_at(self._fds[place.file], data, place.offset + start * values.dtype.itemsize)
+                write_at(self._fds[place.file], values.memory, place.offset + start * values.dtype.itemsize)
         except OSError as error:
             raise disk_error(error, path, self.layout.sizes[place.file]) from None
 

@@ -20,9 +20,7 @@ from dataclasses import dataclass
 from math import log
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from weft.late import Tensor, torch
 from weft.methods.averages import scaled
 from weft.methods.factors import decompose, largest, unit_scale
 from weft.methods.gram import to_simpler, workspace

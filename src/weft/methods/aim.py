@@ -15,10 +15,8 @@ from inspect import Parameter as Argument
 from inspect import signature
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
 from weft.errors import UsageError
+from weft.late import Tensor, torch
 from weft.methods.averages import task_arithmetic
 from weft.methods.params import Density, Fraction, Weight
 from weft.methods.registry import Method, method

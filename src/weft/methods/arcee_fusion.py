@@ -16,9 +16,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import torch
-from torch import Tensor
-
+from weft.late import Tensor, torch
 from weft.methods.averages import weighted_sum
 from weft.methods.params import NonNegative
 from weft.methods.registry import method

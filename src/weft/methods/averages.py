@@ -9,23 +9,35 @@ passthrough         s · θ
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Mapping
+from typing import Any
 
 from weft.errors import UsageError
+from weft.late import Tensor
 from weft.methods.params import Fraction, NonNegative, Weight, per_model
 from weft.methods.registry import method
-from weft.methods.step import Pipeline, step
+from weft.methods.step import Pipeline, anything_goes, step
 
 
-@step(reduces=True)
+def coefficients(params: Mapping[str, Any], k: int) -> list[float]:
+    """The weights of k models, divided by their sum when `normalize`."""
+    w = per_model(params["weight"], k)
+    if not params["normalize"]:
+        return w
+    total = sum(w)
+    if total == 0:
+        raise UsageError(f"weights {w} sum to zero: set normalize: false, or change a weight")
+    return [v / total for v in w]
+
+
+def _refuses(params: Mapping[str, Any], k: int) -> None:
+    coefficients(params, k)
+
+
+@step(reduces=True, refuses=_refuses)
 def weighted_sum(x: Tensor, *, weight: Weight = 1.0, normalize: bool = False) -> Tensor:
     """Σ wᵢxᵢ, divided by Σ wᵢ when `normalize`. x: [k, *shape] → [*shape]."""
-    w = per_model(weight, x.shape[0])
-    if normalize:
-        total = sum(w)
-        if total == 0:
-            raise UsageError(f"weights {w} sum to zero: set normalize: false, or change a weight")
-        w = [v / total for v in w]
+    w = coefficients({"weight": weight, "normalize": normalize}, x.shape[0])
     # model by model, so that the order of the additions (and the result) is fixed
     out = x[0] * w[0]
     for xi, wi in zip(x[1:], w[1:], strict=True):
@@ -33,7 +45,7 @@ def weighted_sum(x: Tensor, *, weight: Weight = 1.0, normalize: bool = False) ->
     return out
 
 
-@step()
+@step(refuses=anything_goes)
 def scaled(x: Tensor, *, scale: float = 1.0) -> Tensor:
     """λx."""
     return x * scale

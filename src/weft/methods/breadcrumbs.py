@@ -19,14 +19,12 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
+from weft.late import Tensor, torch
 from weft.methods.averages import scaled, weighted_sum
 from weft.methods.params import Density, Fraction, Scope, Weight, per_model
 from weft.methods.registry import method
 from weft.methods.stats import Select, compared
-from weft.methods.step import Pipeline, step
+from weft.methods.step import Pipeline, anything_goes, step
 from weft.methods.ties import Elect, Tie, column, disjoint_mean, elect_sign, kept_count, trim
 
 Prefer = Literal["gamma", "density"]
@@ -47,7 +45,7 @@ def band_ranks(params: Mapping[str, Any], k: int, numel: int) -> list[list[int]]
     return ranks
 
 
-@step(stat=Select("bounds", band_ranks))
+@step(stat=Select("bounds", band_ranks), refuses=anything_goes)
 def band(
     x: Tensor,
     *,

@@ -8,8 +8,7 @@ the truncation (8 % by default; 8 to 50 % are reported) that keeps what each tas
 
 from __future__ import annotations
 
-from torch import Tensor
-
+from weft.late import Tensor
 from weft.methods.params import Weight, per_model
 from weft.methods.registry import method
 from weft.methods.spectral import Choices, Clip, Share, added, is_spectral, matrixwise, mean_of, solve

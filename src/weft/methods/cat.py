@@ -23,9 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any
 
-import torch
-from torch import Tensor
-
+from weft.late import Tensor, torch
 from weft.methods.averages import scaled, weighted_sum
 from weft.methods.factors import largest, unit_scale
 from weft.methods.gram import workspace

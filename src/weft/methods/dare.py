@@ -15,15 +15,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
+from weft.late import Tensor, torch
 from weft.methods.averages import scaled, weighted_sum
 from weft.methods.params import Density, Weight, per_model
 from weft.methods.random import threshold, uniform_bits
 from weft.methods.registry import method
-from weft.methods.stats import Sums
-from weft.methods.step import At, Pipeline, step
+from weft.methods.stats import Sums, T, namespace
+from weft.methods.step import At, Pipeline, anything_goes, step
 from weft.methods.ties import Elect, Tie, column, disjoint_mean, elect_sign
 
 Rescale = Literal["inverse", "l1", "none"]
@@ -40,7 +38,7 @@ def keep_mask(x: Tensor, density: Density, at: At) -> Tensor:
     return torch.stack(kept)
 
 
-@step()
+@step(refuses=anything_goes)
 def drop(x: Tensor, *, at: At, density: Density = 0.5, rescale: bool = True) -> Tensor:
     """Keep each entry with probability p, divided by p when `rescale`; zero the rest."""
     kept = torch.where(keep_mask(x, density, at), x, 0.0)
@@ -55,10 +53,12 @@ def _masses(x: Tensor, params: Mapping[str, Any], at: At) -> Tensor:
     return torch.cat([x.abs(), kept.abs()])  # [2k, n]
 
 
-def ratios(masses: Tensor) -> Tensor:
+def ratios(masses: T) -> T:
     """What makes up for the lost mass, masses: [2k] = L1 norms before, after → [k]."""
+    xp = namespace(masses)
     before, after = masses.reshape(2, -1)
-    return torch.where(after > 0, before / torch.where(after > 0, after, 1.0), 1.0)
+    made: T = xp.where(after > 0, before / xp.where(after > 0, after, 1.0), 1.0)
+    return made
 
 
 def restore(kept: Tensor, masses: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def restore(kept: Tensor, masses: Tensor) -> Tensor:
     return kept * column(ratios(masses).to(kept.dtype), kept)
 
 
-@step(stat=Sums("masses", _masses))
+@step(stat=Sums("masses", _masses), refuses=anything_goes)
 def drop_keep_l1(x: Tensor, *, at: At, masses: Tensor, density: Density = 0.5) -> Tensor:
     """Keep each entry with probability p, then restore each tensor's L1 norm."""
     return restore(torch.where(keep_mask(x, density, at), x, 0.0), masses)

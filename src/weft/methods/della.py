@@ -21,16 +21,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from weft.late import Tensor, torch
 from weft.methods.averages import scaled, weighted_sum
 from weft.methods.dare import Rescale, restore
 from weft.methods.params import Density, Fraction, Weight, per_model
 from weft.methods.random import uniform_bits
 from weft.methods.registry import method
 from weft.methods.stats import Sums, compared
-from weft.methods.step import At, Pipeline, row_length, step
+from weft.methods.step import At, Pipeline, anything_goes, row_length, step
 from weft.methods.ties import Elect, Tie, disjoint_mean, elect_sign
 
 
@@ -61,7 +59,7 @@ def thinned(x: Tensor, density: Density, epsilon: float, rescale: bool, at: At) 
     return torch.stack(out)
 
 
-@step(grain="row")
+@step(grain="row", refuses=anything_goes)
 def thin(
     x: Tensor, *, at: At, density: Density = 0.7, epsilon: Fraction = 0.07, rescale: bool = True
 ) -> Tensor:
@@ -75,7 +73,7 @@ def _masses(x: Tensor, params: Mapping[str, Any], at: At) -> Tensor:
     return torch.cat([rows.abs(), kept.abs()]).reshape(2 * x.shape[0], -1)  # [2k, n]
 
 
-@step(grain="row", stat=Sums("masses", _masses))
+@step(grain="row", stat=Sums("masses", _masses), refuses=anything_goes)
 def thin_keep_l1(
     x: Tensor, *, at: At, masses: Tensor, density: Density = 0.7, epsilon: Fraction = 0.07
 ) -> Tensor:

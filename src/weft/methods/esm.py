@@ -15,9 +15,7 @@ all merged layers of a model at once; `scale` by pattern can say it.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
+from weft.late import Tensor, torch
 from weft.methods.averages import scaled
 from weft.methods.factors import RANK_TOL, Triplets, decompose, largest, polar, unit_scale
 from weft.methods.measured import maps, unmatrices

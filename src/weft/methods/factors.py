@@ -21,9 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import frexp
 
-import torch
-from torch import Tensor
-
+from weft.late import Tensor, torch
 from weft.methods.random import uniform_bits
 from weft.methods.step import At
 

@@ -13,11 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from weft.checkpoints.base import Checkpoint
 from weft.checkpoints.dtypes import dtype_name, is_mergeable, parse_dtype
 from weft.errors import WeftError
+from weft.late import torch
 
 TENSORS, VALUES = 8, 16
 

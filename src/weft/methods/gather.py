@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from weft.checkpoints.execution import execution, map_joined, own_stream, ranges
+from weft.late import Tensor
 from weft.methods.held import LENGTH
 from weft.methods.parts import stored_name
 from weft.methods.step import Bound
@@ -62,7 +61,7 @@ def gather(merge: Merge, j: int, bound: Bound, names: Sequence[str]) -> dict[str
 
 def _stored_width(merge: Merge, name: str) -> int:
     held = [s for s in merge.readers(name) if s is not None]
-    return sum(s.info(stored_name(s, name)).dtype.itemsize for s in held)
+    return sum(s.info(stored_name(s, name)).kind.itemsize for s in held)
 
 
 def is_finite(values: Tensor) -> bool:

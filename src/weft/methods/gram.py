@@ -14,9 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-import torch
-from torch import Tensor
-
+from weft.late import Tensor, torch
 from weft.methods.averages import scaled, weighted_sum
 from weft.methods.inverse import Cut, Filter, Inverse
 from weft.methods.least_squares import Keep, Normalize, Settings, Weights, averaged, by_changes, by_inputs

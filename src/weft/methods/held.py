@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
 from weft.checkpoints.base import Checkpoint
+from weft.checkpoints.bits import Bits, join
 from weft.checkpoints.execution import execution, ranges
 from weft.methods.parts import stored_name
 
@@ -27,15 +25,15 @@ class Held:
         self._cut = ranges(numel, grain, how.chunk * LENGTH)
         self._length = self._cut[0][1] if self._cut else 1
 
-        def read(at: tuple[Checkpoint | None, int, int]) -> Tensor | None:
+        def read(at: tuple[Checkpoint | None, int, int]) -> Bits | None:
             source, start, stop = at
-            return None if source is None else source.read(stored_name(source, name), start, stop)
+            return None if source is None else source.bits(stored_name(source, name), start, stop)
 
         flat = how.map(read, [(s, a, b) for a, b in self._cut for s in readers])
         k = len(readers)
         self._pieces = [flat[i * k : (i + 1) * k] for i in range(len(self._cut))]
 
-    def values(self, start: int, stop: int) -> list[Tensor | None]:
+    def values(self, start: int, stop: int) -> list[Bits | None]:
         """The range of every reader."""
         first, last = start // self._length, max(stop - 1, start) // self._length
         parts = []
@@ -46,6 +44,6 @@ class Held:
         if len(parts) == 1:
             return parts[0]
         return [
-            None if row[0] is None else torch.cat([v for v in row if v is not None])
+            None if row[0] is None else join([v for v in row if v is not None])
             for row in zip(*parts, strict=True)
         ]

@@ -20,9 +20,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
-import torch
-from torch import Tensor
-
+from weft.late import Tensor, torch
 from weft.methods.factors import RANK_TOL
 from weft.methods.random import uniform_bits
 from weft.methods.spectral import noise_floor

@@ -13,8 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
+from weft.late import Tensor
 from weft.methods.gram import workspace
 from weft.methods.inverse import Inverse
 from weft.methods.least_squares import Settings, Weights, averaged, by_inputs

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
-from torch import Tensor
-
+from weft.late import Tensor, torch
 from weft.methods.averages import scaled
 from weft.methods.factors import decompose, largest, unit_scale
 from weft.methods.params import Density, Weight

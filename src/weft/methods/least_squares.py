@@ -27,10 +27,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Literal, Protocol
 
-import torch
-from torch import Tensor
-
 from weft.errors import UsageError
+from weft.late import Tensor, torch
 from weft.methods.averages import weighted_sum
 from weft.methods.factors import largest, low_rank, unit_scale
 from weft.methods.inverse import EIGEN_TOL, STORED_TOL, Inverse, applied, descent

@@ -10,8 +10,7 @@ After another merger than the sum, `scale_by_depth` is a step of its own: … | 
 
 from __future__ import annotations
 
-from torch import Tensor
-
+from weft.late import Tensor
 from weft.methods.averages import weighted_sum
 from weft.methods.params import Weight
 from weft.methods.registry import method

@@ -8,9 +8,7 @@ later of equally large changes wins. Nothing is pruned.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
+from weft.late import Tensor, torch
 from weft.methods.averages import scaled
 from weft.methods.registry import method
 from weft.methods.step import Pipeline, step

@@ -20,10 +20,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-import torch
-from torch import Tensor
-
 from weft.errors import UsageError
+from weft.late import Tensor, torch
 from weft.methods.averages import scaled, weighted_sum
 from weft.methods.params import Bounds, Density, NonNegative, Scope, Weight
 from weft.methods.registry import method

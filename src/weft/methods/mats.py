@@ -14,9 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Literal
 
-import torch
-from torch import Tensor
-
+from weft.late import Tensor, torch
 from weft.methods.averages import weighted_sum
 from weft.methods.measured import maps, unmatrices
 from weft.methods.params import Bounds, Fraction, NonNegative, Weight, per_model

@@ -26,12 +26,10 @@ from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from weft.checkpoints.base import Checkpoint, WeightFile
 from weft.checkpoints.execution import execution, ranges, to_device
 from weft.errors import DataError, UsageError
+from weft.late import Tensor, torch
 from weft.methods.fitting import check_fit, check_given
 from weft.methods.kinds import ABOUT, ELEMENTWISE, NONNEGATIVE, Need
 from weft.methods.stats import fold, tile_sums

@@ -13,13 +13,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
 from weft.checkpoints.base import Asset, Checkpoint, TensorInfo, WeightFile
-from weft.checkpoints.dtypes import round_to
+from weft.checkpoints.bits import Bits
+from weft.checkpoints.dtypes import DType, round_to
 from weft.checkpoints.execution import execution, own_stream, to_device
 from weft.errors import DataError, UsageError
+from weft.late import Tensor, torch
 from weft.methods.gather import gather, is_finite
 from weft.methods.held import Held
 from weft.methods.layers import block_of, count_layers
@@ -202,7 +201,7 @@ class Merge(Checkpoint):
         inner = sum(s.held_bytes(stored_name(s, name)) for s in self._sources(name))
         passes = any(b.step.stat and b.scope == "tensor" for b in self.pipeline(name).steps)
         return inner + passes * sum(
-            part.info.numel * (8 if s.inputs else s.info(stored_name(s, name)).dtype.itemsize)
+            part.info.numel * (8 if s.inputs else s.info(stored_name(s, name)).kind.itemsize)
             for s in self._sources(name)
         )
 
@@ -273,11 +272,9 @@ class Merge(Checkpoint):
             return part.carried_from.read(stored_name(part.carried_from, name), start, stop, dtype=dtype)
         stop = part.info.numel if stop is None else stop
         self.ready(name)
-        kernels = execution().kernels
-        if kernels is not None:
-            fused: Tensor | None = kernels.merge(self, name, start, stop, dtype)
-            if fused is not None:
-                return fused
+        fused = self._fused(name, start, stop, None if dtype is None else DType.of(dtype))
+        if fused is not None:
+            return fused.tensor()
         with own_stream(execution().device):
             x, base = self.stack(name, start, stop)
             out = self.run(name, x, base, start, self.pipeline(name).steps)
@@ -285,14 +282,28 @@ class Merge(Checkpoint):
                 out = base + out
             return (out if dtype is None else round_to(out, dtype)).cpu()
 
-    def values(self, name: str, start: int, stop: int) -> tuple[list[Tensor], Tensor | None]:
+    def bits(self, name: str, start: int = 0, stop: int | None = None, *, dtype: DType | None = None) -> Bits:
+        part = self.part(name)
+        if part.carried_from is not None:
+            return part.carried_from.bits(stored_name(part.carried_from, name), start, stop, dtype=dtype)
+        self.ready(name)
+        fused = self._fused(name, start, part.info.numel if stop is None else stop, dtype)
+        return super().bits(name, start, stop, dtype=dtype) if fused is None else fused
+
+    def _fused(self, name: str, start: int, stop: int, dtype: DType | None) -> Bits | None:
+        """The range by kernels, where there are any for these steps."""
+        kernels = execution().kernels
+        made: Bits | None = None if kernels is None else kernels.merge(self, name, start, stop, dtype)
+        return made
+
+    def values(self, name: str, start: int, stop: int) -> tuple[list[Bits], Bits | None]:
         """The range of every model that takes part, and of the base, as they are stored."""
         held = self._held.get(name)
         if held is not None and stop > start:
             *models, base = held.values(start, stop)
         else:
             *models, base = (
-                None if s is None else s.read(stored_name(s, name), start, stop) for s in self.readers(name)
+                None if s is None else s.bits(stored_name(s, name), start, stop) for s in self.readers(name)
             )
         return [m for m in models if m is not None], base
 
@@ -303,7 +314,8 @@ class Merge(Checkpoint):
     def stack(self, name: str, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """The inputs' range in float64 `[k, n]`, less the base where there is one, and the base `[n]`."""
         device = execution().device
-        models, base = self.values(name, start, stop)
+        stored, below = self.values(name, start, stop)
+        models, base = [v.tensor() for v in stored], None if below is None else below.tensor()
         if self.nonfinite == "error":
             for values, source in zip([*models, base], self.readers(name), strict=True):
                 if values is not None and source is not None and not is_finite(values):

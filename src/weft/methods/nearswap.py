@@ -9,8 +9,7 @@ from below by 1e-6, which matters only for t < 1e-6.)
 
 from __future__ import annotations
 
-from torch import Tensor
-
+from weft.late import Tensor
 from weft.methods.averages import weighted_sum
 from weft.methods.params import NonNegative
 from weft.methods.registry import method

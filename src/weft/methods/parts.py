@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weft.checkpoints.base import Checkpoint, TensorInfo
-from weft.checkpoints.dtypes import is_mergeable
 from weft.errors import DataProblems
 
 if TYPE_CHECKING:
@@ -54,8 +53,10 @@ def parts_of(merge: Merge) -> dict[str, Part]:
         holders = [s for s in merge.inputs if _has(s, name)]
         info = holders[0].info(stored_name(holders[0], name))
         lacking = [s for s in merge.inputs if not _has(s, name)]
-        if not is_mergeable(info.dtype):
-            parts[name] = Part(info, carried_from=holders[0], reason=f"{info.dtype} is carried, not averaged")
+        if not info.kind.mergeable:
+            parts[name] = Part(
+                info, carried_from=holders[0], reason=f"torch.{info.kind} is carried, not averaged"
+            )
             continue
         if lacking and merge.missing == "error":
             problems.append(f"{name}: not in {', '.join(s.origin for s in lacking)}")

@@ -17,9 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-import torch
-from torch import Tensor
-
+from weft.late import Tensor, torch
 from weft.methods.averages import scaled
 from weft.methods.params import Bounds, Fraction, Scope, Weight, per_model
 from weft.methods.registry import method

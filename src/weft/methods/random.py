@@ -22,9 +22,7 @@ from __future__ import annotations
 import hashlib
 from functools import lru_cache
 
-import torch
-from torch import Tensor
-
+from weft.late import Tensor, torch
 from weft.methods.step import At
 
 WORD = 0xFFFFFFFF

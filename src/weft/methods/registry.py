@@ -12,9 +12,8 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, Literal
 
-from torch import Tensor
-
 from weft.errors import UsageError, did_you_mean
+from weft.late import Tensor
 from weft.methods.kinds import Need
 from weft.methods.params import Parameter, check_params, signature_parameters
 from weft.methods.step import At, Pipeline, Statistics, as_stack

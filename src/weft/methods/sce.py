@@ -15,9 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
+from weft.late import Tensor, torch
 from weft.methods.params import Fraction
 from weft.methods.registry import method
 from weft.methods.stats import Chain, Select, Sums, compared

@@ -27,9 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import torch
-from torch import Tensor
-
+from weft.late import Tensor, torch
 from weft.methods.factors import RANK_TOL, Triplets, decompose, largest, polar, unit_scale
 from weft.methods.measured import matrices, unmatrices
 from weft.methods.params import Bounds, Fraction, Weight, per_model

@@ -22,88 +22,102 @@ no weights; its nuslerp calls columns rows (`column_wise` goes along them).
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-import torch
-from torch import Tensor
-
+from weft.checkpoints.bits import Array
 from weft.errors import UsageError
+from weft.late import Tensor, torch
 from weft.methods.params import Bounds, Fraction, NonNegative, Weight, per_model
 from weft.methods.registry import method
-from weft.methods.stats import Gram, fold, gram_of
-from weft.methods.step import Pipeline, step
+from weft.methods.stats import Gram, fold, gram_of, namespace
+from weft.methods.step import Pipeline, anything_goes, step
 
 Count = Annotated[int, Bounds(0)]
 # sines and squared lengths below this are rounding errors of a float64 Gram matrix
 SMALL = 1e-7
 
 
-def slerp_coefficients(gram: Tensor, t: float, linear_above: float = 1.0) -> Tensor:
+def squares(gram: Any) -> Any:
+    """The diagonal: squared lengths, gram: [..., k, k] → [..., k]."""
+    each = list(range(gram.shape[-1]))
+    return gram[..., each, each]
+
+
+def slerp_coefficients(gram: Array | Tensor, t: float, linear_above: float = 1.0) -> Any:
     """Coefficients of SLERP, gram: [..., 2, 2] → [..., 2]."""
-    square = gram.diagonal(dim1=-2, dim2=-1)
-    directed = (square > 0).all(-1, keepdim=True)
+    xp, square = namespace(gram), squares(gram)
+    directed = (square > 0).all(-1)[..., None]
     # the roots before the product, which would underflow for small tensors
-    norms = torch.where(directed, square, 1.0).sqrt()
-    cos = torch.where(directed[..., 0], gram[..., 0, 1] / norms[..., 0] / norms[..., 1], 1.0).clamp(-1, 1)
-    # the clamp keeps the root's derivative finite where the tensors are parallel
-    sin = ((1 - cos) * (1 + cos)).clamp(min=1e-30).sqrt()
-    angle = torch.atan2(sin, cos)
-    linear = ((cos < 0) & (sin < SMALL)) | (cos.abs() > linear_above)
-    angle = torch.where(linear, 0.0, angle) / math.pi
-    parts = [(s * torch.sinc(s * angle) / torch.sinc(angle)) for s in (1 - t, t)]
-    return torch.stack(parts, -1)
+    norms = xp.sqrt(xp.where(directed, square, 1.0))
+    cos = gram[..., 0, 1] / norms[..., 0] / norms[..., 1]
+    cos = xp.clip(xp.where(directed[..., 0], cos, 1.0), -1, 1)
+    # the clip keeps the root's derivative finite where the tensors are parallel
+    sin = xp.sqrt(xp.clip((1 - cos) * (1 + cos), 1e-30, None))
+    angle = xp.arctan2(sin, cos)
+    linear = ((cos < 0) & (sin < SMALL)) | (abs(cos) > linear_above)
+    angle = xp.where(linear, 0.0, angle) / math.pi
+    return xp.stack([(s * xp.sinc(s * angle) / xp.sinc(angle)) for s in (1 - t, t)], -1)
 
 
-def mean_coefficients(gram: Tensor, weight: Weight, max_iter: int, tol: float) -> Tensor:
+def _shares(weight: Weight, k: int) -> list[float]:
+    w = per_model(weight, k)
+    if sum(w) == 0:
+        raise UsageError(f"weights {w} sum to zero: a mean on the sphere needs another sum")
+    return [v / sum(w) for v in w]
+
+
+def _refuses(params: Mapping[str, Any], k: int) -> None:
+    _shares(params["weight"], k)
+
+
+def mean_coefficients(gram: Array | Tensor, weight: Weight, max_iter: int, tol: float) -> Any:
     """Coefficients of the Riemannian mean times the mean norm, gram: [..., k, k] → [..., k].
 
     At most `max_iter` steps m ← exp_m(Σ wᵢ log_m uᵢ), until one would be no longer than `tol`.
     """
-    k = gram.shape[-1]
-    w = torch.tensor(per_model(weight, k), dtype=gram.dtype, device=gram.device)
-    if w.sum() == 0:
-        raise UsageError(f"weights {w.tolist()} sum to zero: a mean on the sphere needs another sum")
-    w = w / w.sum()
-    square = gram.diagonal(dim1=-2, dim2=-1)  # [..., k]
+    xp, k = namespace(gram), gram.shape[-1]
+    w = xp.asarray(_shares(weight, k), dtype=xp.float64)
+    square = squares(gram)  # [..., k]
     directed = square > 0
-    norm = torch.where(directed, torch.where(directed, square, 1.0).sqrt(), 0.0)
-    inverse = torch.where(directed, 1.0 / torch.where(directed, norm, 1.0), 0.0)
+    norm = xp.where(directed, xp.sqrt(xp.where(directed, square, 1.0)), 0.0)
+    inverse = xp.where(directed, 1.0 / xp.where(directed, norm, 1.0), 0.0)
     unit = gram * inverse[..., :, None] * inverse[..., None, :]
     share = w * directed
-    total = share.sum(-1, keepdim=True)
-    share = share / torch.where(total != 0, total, 1.0)
+    total = share.sum(-1)[..., None]
+    share = share / xp.where(total != 0, total, 1.0)
 
-    def times(matrix: Tensor, a: Tensor) -> Tensor:
+    def times(matrix: Any, a: Any) -> Any:
         return fold(matrix * a[..., None, :])
 
-    def length(a: Tensor) -> Tensor:
-        return fold(a * times(unit, a)).clamp(min=1e-30).sqrt()[..., None]
+    def length(a: Any) -> Any:
+        return xp.sqrt(xp.clip(fold(a * times(unit, a)), 1e-30, None))[..., None]
 
     start = length(share)  # of the weighted mean direction
-    cancelled = start <= SMALL * share.abs().sum(-1, keepdim=True)
+    cancelled = start <= SMALL * abs(share).sum(-1)[..., None]
     done = cancelled
-    m = share / torch.where(cancelled, 1.0, start)
-    eye = torch.eye(k, dtype=gram.dtype, device=gram.device)
+    m = share / xp.where(cancelled, 1.0, start)
+    eye = xp.eye(k, dtype=xp.float64)
     for _ in range(max_iter):
-        cos = times(unit, m).clamp(-1, 1)  # ⟨uᵢ, m⟩
-        sin = ((1 - cos) * (1 + cos)).clamp(min=1e-30).sqrt()
+        cos = xp.clip(times(unit, m), -1, 1)  # ⟨uᵢ, m⟩
+        sin = xp.sqrt(xp.clip((1 - cos) * (1 + cos), 1e-30, None))
         # φ/sin φ; a direction opposite to m pulls nowhere in particular
-        pull = torch.where((cos < 0) & (sin < SMALL), 0.0, 1 / torch.sinc(torch.atan2(sin, cos) / math.pi))
+        pull = xp.where((cos < 0) & (sin < SMALL), 0.0, 1 / xp.sinc(xp.arctan2(sin, cos) / math.pi))
         pulled = (share * pull)[..., None] * (eye - cos[..., None] * m[..., None, :])
-        tangent = fold(pulled.mT)
+        tangent = fold(xp.swapaxes(pulled, -1, -2))
         angle = length(tangent)
         # each row stops by itself, so that no row depends on its neighbours
         done = done | (angle <= tol)
         if bool(done.all()):
             break
-        moved = m * angle.cos() + tangent * torch.sinc(angle / math.pi)
-        m = torch.where(done, m, moved / torch.where(done, 1.0, length(moved)))
-    return torch.where(cancelled, w.expand_as(m), m * inverse * (w * norm).sum(-1, keepdim=True))
+        moved = m * xp.cos(angle) + tangent * xp.sinc(angle / math.pi)
+        m = xp.where(done, m, moved / xp.where(done, 1.0, length(moved)))
+    return xp.where(cancelled, xp.broadcast_to(w, m.shape), m * inverse * (w * norm).sum(-1)[..., None])
 
 
-def combination(x: Tensor, coefficients: Tensor) -> Tensor:
+def combination(x: Tensor, coefficients: Array | Tensor) -> Tensor:
     """Σ cᵢxᵢ, x: [k, *shape], coefficients: [..., k] with one value a leading index of the shape."""
-    c = coefficients.to(x)
+    c = torch.as_tensor(coefficients).to(x)
     c = c.reshape(*c.shape[:-1], *[1] * (x.ndim - c.ndim), c.shape[-1])
     out = x[0] * c[..., 0]
     for i in range(1, x.shape[0]):
@@ -111,8 +125,8 @@ def combination(x: Tensor, coefficients: Tensor) -> Tensor:
     return out
 
 
-@step(stat=Gram(), reduces=True)
-def turn(x: Tensor, *, gram: Tensor, t: float = 0.5, linear_above: Fraction = 1.0) -> Tensor:
+@step(stat=Gram(), reduces=True, refuses=anything_goes)
+def turn(x: Tensor, *, gram: Array | Tensor, t: float = 0.5, linear_above: Fraction = 1.0) -> Tensor:
     """Turn the first of two tensors towards the second by a fraction t of the angle between them."""
     return combination(x, slerp_coefficients(gram, t, linear_above))
 
@@ -131,9 +145,9 @@ def turn_columns(x: Tensor, *, t: float = 0.5, linear_above: Fraction = 1.0) -> 
     return turned if x.ndim == 2 else turned.mT
 
 
-@step(stat=Gram(), reduces=True)
+@step(stat=Gram(), reduces=True, refuses=_refuses)
 def mean_direction(
-    x: Tensor, *, gram: Tensor, weight: Weight = 1.0, max_iter: Count = 100, tol: NonNegative = 1e-9
+    x: Tensor, *, gram: Array | Tensor, weight: Weight = 1.0, max_iter: Count = 100, tol: NonNegative = 1e-9
 ) -> Tensor:
     """Weighted Riemannian mean of the directions, times the weighted mean norm."""
     return combination(x, mean_coefficients(gram, weight, max_iter, tol))

@@ -3,8 +3,9 @@
 A statistic sees a stack `[k, n]` a range at a time. `partial` summarises a range, `join` puts summaries
 together, `combine` closes a round, and after the last round `result` gives the keywords a step asked for.
 Results don't depend on how the tensor was cut: counts are integers, and floating sums are kept per tile of
-`TILE` elements (ranges begin at multiples of it) and added in a fixed order. Results live on the CPU, so that
-what is computed from them (angles, weights) is the same for every device.
+`TILE` elements (ranges begin at multiples of it) and added in a fixed order. Summaries of ranges are joined as
+numpy arrays, and what comes out of a stream is one, so that what is computed from it (angles, weights) is the
+same for every device and kernel; of a tensor at hand it is a tensor, which torch can differentiate.
 """
 
 from __future__ import annotations
@@ -12,17 +13,34 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
+import numpy as np
 
+from weft.checkpoints.bits import Array
 from weft.checkpoints.execution import TILE
-from weft.methods.counting import DIGIT, Counted, add_up
+from weft.late import Tensor, loaded, torch
+from weft.methods.counting import DIGIT, Counted, add_up, reach
 
 if TYPE_CHECKING:
     from weft.methods.step import At
+
+T = TypeVar("T", Array, Tensor)
+
+
+def namespace(x: Array | Tensor) -> Any:
+    """numpy or torch, whichever x is of: both name the same functions alike."""
+    return np if isinstance(x, np.ndarray | np.generic) else loaded()
+
+
+def array(x: Array | Tensor) -> Array:
+    """As a numpy array, on the CPU."""
+    return x.cpu().numpy() if isinstance(x, Tensor) else x
+
+
+def tensor(x: Any) -> Any:
+    """A numpy array as a tensor; anything else as it is."""
+    return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
 
 
 class Stat(ABC):
@@ -32,6 +50,8 @@ class Stat(ABC):
     scope: Literal["tensor", "model"] = "tensor"
     needs_order = False
     """True when `join` must see the summaries in the order of their ranges."""
+    arrays = False
+    """Whether a step takes what comes out of a stream as the arrays that they are; others are given tensors."""
 
     def rounds(self) -> int:
         """How many passes over the data are needed."""
@@ -75,16 +95,17 @@ class Stat(ABC):
         return self.result(memo, params)
 
 
-def fold(y: Tensor) -> Tensor:
+def fold(y: T) -> T:
     """Sum over the last axis by adding halves: [..., n] → [...].
 
     The order of the additions depends on n alone. Library sums and matrix products choose theirs by
     thread count, alignment and batch, and differ in the last bits from one cut of a tensor to another.
     """
+    xp = namespace(y)
     while (n := y.shape[-1]) > 1:
         half = (n + 1) // 2
-        rest = y[..., half:]
-        y = y[..., :half] + (rest if n == 2 * half else pad(rest, (0, 1)))
+        both = y[..., : n - half] + y[..., half:]
+        y = both if n == 2 * half else xp.concatenate([both, y[..., n - half : half]], -1)
     return y[..., 0] if n else y.sum(-1)
 
 
@@ -108,7 +129,7 @@ def gram_of(x: Tensor) -> Tensor:
     return symmetric(torch.stack([fold(x[i] * x[j]) for i, j in pairs(k)], -1), k)
 
 
-def symmetric(entries: Tensor, k: int) -> Tensor:
+def symmetric(entries: T, k: int) -> T:
     """The symmetric matrix with this upper triangle: [..., k(k+1)/2] → [..., k, k]."""
     where = {ij: at for at, ij in enumerate(pairs(k))}
     index = [where[min(i, j), max(i, j)] for i in range(k) for j in range(k)]
@@ -120,20 +141,21 @@ class Gram(Stat):
 
     provides = ("gram",)
     needs_order = True
+    arrays = True
 
     def partial(self, x: Tensor, memo: Any, params: Mapping[str, Any], at: At) -> Tensor:
         # pair by pair: one product of the range's size is alive at a time
         sums = [tile_sums((x[i].double() * x[j].double())[None]) for i, j in pairs(x.shape[0])]
         return torch.cat(sums, 1)  # [tiles, k(k+1)/2]
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(parts))
+    def join(self, parts: Sequence[Array | Tensor]) -> Array:
+        return np.concatenate([array(p) for p in parts])
 
-    def combine(self, part: Tensor, memo: Any, params: Mapping[str, Any], numel: int) -> Tensor:
-        k = math.isqrt(2 * part.shape[1])
-        return symmetric(fold(part.T), k).cpu()
+    def combine(self, part: T, memo: Any, params: Mapping[str, Any], numel: int) -> T:
+        gram = symmetric(fold(part.T), math.isqrt(2 * part.shape[1]))
+        return gram.cpu() if isinstance(gram, Tensor) else gram
 
-    def result(self, memo: Tensor, params: Mapping[str, Any]) -> dict[str, Any]:
+    def result(self, memo: Array | Tensor, params: Mapping[str, Any]) -> dict[str, Any]:
         return {"gram": memo}
 
 
@@ -157,13 +179,14 @@ class Sums(Stat):
     def partial(self, x: Tensor, memo: Any, params: Mapping[str, Any], at: At) -> Tensor:
         return tile_sums(self.fn(x, params, at).double())
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(parts))
+    def join(self, parts: Sequence[Array | Tensor]) -> Array:
+        return np.concatenate([array(p) for p in parts])
 
-    def combine(self, part: Tensor, memo: Any, params: Mapping[str, Any], numel: int) -> Tensor:
-        return fold(part.T).cpu()
+    def combine(self, part: T, memo: Any, params: Mapping[str, Any], numel: int) -> T:
+        total = fold(part.T)
+        return total.cpu() if isinstance(total, Tensor) else total
 
-    def result(self, memo: Tensor, params: Mapping[str, Any]) -> dict[str, Any]:
+    def result(self, memo: Array | Tensor, params: Mapping[str, Any]) -> dict[str, Any]:
         return {self.provides[0]: memo}
 
 
@@ -210,23 +233,25 @@ class Select(Stat):
             counts += [torch.bincount(row[upper == p] & (digits - 1), minlength=digits) for p in wanted]
         return torch.stack(counts).reshape(*prefix.shape, digits)
 
-    def join(self, parts: Sequence[Tensor | Counted]) -> Tensor | Counted:
+    def join(self, parts: Sequence[Array | Tensor | Counted]) -> Array | Counted:
         counted = [p for p in parts if isinstance(p, Counted)]
         if counted:  # a table beside them is an empty range's
             return Counted.join(counted)
-        return add_up([p for p in parts if isinstance(p, Tensor)])
+        return add_up([array(p) for p in parts if not isinstance(p, Counted)])
 
     def finished(self, memo: Any) -> bool:
         return bool(memo["round"] == 2)
 
-    def combine(self, part: Tensor | Counted, memo: Any, params: Mapping[str, Any], numel: int) -> Any:
+    def combine(
+        self, part: Array | Tensor | Counted, memo: Any, params: Mapping[str, Any], numel: int
+    ) -> Any:
         if memo is None:
             k = (part.counts if isinstance(part, Counted) else part).shape[0]
-            wanted = torch.tensor([list(r) for r in self.ranks(params, k, numel)], dtype=torch.int64)
-            memo = {"wanted": wanted, "rank": wanted.clamp(1, max(numel, 1)), "numel": numel,
-                    "prefix": torch.zeros_like(wanted), "round": 0}  # fmt: skip
+            wanted = np.array([list(r) for r in self.ranks(params, k, numel)], np.int64)
+            memo = {"wanted": wanted, "rank": wanted.clip(1, max(numel, 1)), "numel": numel,
+                    "prefix": np.zeros_like(wanted), "round": 0}  # fmt: skip
         if not isinstance(part, Counted):
-            return self._next_digit(part, memo)
+            return self._next_digit(array(part), memo)
         found = part.upper_digits(memo["rank"])
         if found is None:
             return None
@@ -236,23 +261,21 @@ class Select(Stat):
             return memo | {"round": 1, "rank": rank, "prefix": prefix}
         return memo | {"round": 2, "rank": rank, "prefix": (prefix << DIGIT) | lower}
 
-    def _next_digit(self, part: Tensor, memo: Any) -> Any:
-        part = part.cpu().long()
-        above = part.flip(-1).cumsum(-1)  # from the largest digit down, [k, 1 or q, digits]
-        rank = memo["rank"][..., None] if above.shape[1] > 1 else memo["rank"][:, None]
-        where = torch.searchsorted(above, rank).clamp(max=part.shape[-1] - 1)
-        before = torch.where(where > 0, above.gather(-1, (where - 1).clamp(min=0)), 0)
-        digit = (part.shape[-1] - 1 - where).reshape(memo["rank"].shape)
+    def _next_digit(self, part: Array, memo: Any) -> Any:
+        above = (
+            part[..., ::-1].astype(np.int64).cumsum(-1)
+        )  # from the largest digit down, [k, 1 or q, digits]
+        where, before = reach(above[..., :-1], memo["rank"])
         return memo | {
             "round": memo["round"] + 1,
-            "rank": memo["rank"] - before.reshape(memo["rank"].shape),
-            "prefix": (memo["prefix"] << DIGIT) | digit,
+            "rank": memo["rank"] - before,
+            "prefix": (memo["prefix"] << DIGIT) | (part.shape[-1] - 1 - where),
         }
 
     def result(self, memo: Any, params: Mapping[str, Any]) -> dict[str, Any]:
-        value = memo["prefix"].to(torch.int32).view(torch.float32).double()
-        value = torch.where(memo["wanted"] <= 0, math.inf, value)
-        value = torch.where(memo["wanted"] > memo["numel"], 0.0, value)
+        value = memo["prefix"].astype(np.int32).view(np.float32).astype(np.float64)
+        value = np.where(memo["wanted"] <= 0, math.inf, value)
+        value = np.where(memo["wanted"] > memo["numel"], 0.0, value)
         return {self.provides[0]: value}
 
     def of(self, x: Tensor, params: Mapping[str, Any], at: At) -> dict[str, Any]:
@@ -293,7 +316,8 @@ class Chain(Stat):
         inner = stat.combine(part[1], inner, known, numel)
         if had + 1 < stat.rounds() and not stat.finished(inner):
             return number, had + 1, inner, found
-        return number + 1, 0, None, {**found, **stat.result(inner, known)}
+        # as tensors, since the statistics that follow are torch's
+        return number + 1, 0, None, {**found, **{n: tensor(v) for n, v in stat.result(inner, known).items()}}
 
     def finished(self, memo: Any) -> bool:
         return bool(memo[0] == len(self.stats))

@@ -25,19 +25,22 @@ from inspect import signature
 from math import prod
 from typing import Any, Literal, overload
 
-import torch
-from torch import Tensor
-
 from weft.errors import UsageError
+from weft.late import Tensor, torch
 from weft.methods.kinds import Need
 from weft.methods.measured import at_hand
-from weft.methods.params import Parameter, check_params, signature_parameters
-from weft.methods.stats import Stat
+from weft.methods.params import Parameter, check_params, per_model, signature_parameters
+from weft.methods.stats import Stat, tensor
 
 Grain = Literal["element", "row", "tensor"]
 Statistics = Mapping[str, Tensor | None]
 Shapes = Mapping[str, tuple[int, ...]]
 """What was measured of a tensor: the shape of each statistic by its keyword."""
+Refuses = Callable[[Mapping[str, Any], int], None]
+
+
+def anything_goes(params: Mapping[str, Any], k: int) -> None:
+    """For steps whose parameters are never wrong together."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,9 @@ class Step:
         one_by_one: bool = False,
         simpler: Callable[[Mapping[str, Any], At, Shapes], Bound | None] | None = None,
         workspace: Callable[[Mapping[str, Any], At, int, Shapes], int] | None = None,
+        refuses: Refuses | None = None,
     ) -> None:
+        self.refuses = refuses
         self.fn, self.name, self.stat, self.reduces = fn, fn.__name__, stat, reduces
         self.one_by_one, self.simpler, self.workspace = one_by_one, simpler, workspace
         self.needs = tuple(map(Need.parse, needs))
@@ -107,6 +112,14 @@ class Step:
     def grain(self, params: Mapping[str, Any]) -> Grain:
         return self._grain(params) if callable(self._grain) else self._grain
 
+    def refuse(self, params: Mapping[str, Any], k: int) -> None:
+        """UsageError where parameters that are right one by one are wrong together, or for k models."""
+        for name, p in self.params.items():
+            if p.per_model and not isinstance(params[name], int | float):
+                per_model(params[name], k, name)
+        if self.refuses is not None:
+            self.refuses(params, k)
+
     def run(
         self,
         x: Tensor,
@@ -116,7 +129,10 @@ class Step:
         base: Tensor | None,
     ) -> Tensor:
         """Apply the function given the statistics `found`; the engine's way in."""
-        extra: dict[str, Any] = dict(found)
+        whole = self.stat is not None and self.stat.arrays
+        extra: dict[str, Any] = (
+            dict(found) if whole else {name: tensor(value) for name, value in found.items()}
+        )
         if self.wants_at:
             extra["at"] = at
         if self.wants_base:
@@ -173,6 +189,7 @@ def step(
     one_by_one: bool = False,
     simpler: Callable[[Mapping[str, Any], At, Shapes], Bound | None] | None = None,
     workspace: Callable[[Mapping[str, Any], At, int, Shapes], int] | None = None,
+    refuses: Refuses | None = None,
 ) -> Callable[[Callable[..., Tensor]], Step]:
     """Declare a function `(x: [k, *shape], *, params…) -> Tensor` as a step.
 
@@ -182,7 +199,7 @@ def step(
     `[k, rows, row_length]`; with "tensor" as `[k, *shape]`; with "element" in any shape. `simpler(params, at,
     shapes of what was measured)` gives the step to run in its place in a merge, or None; it must give the same.
     `workspace(params, at, k, shapes)` counts bytes beside the stack and the base, with `one_by_one` also what is
-    read.
+    read. `refuses(params, k)` raises for parameters that are wrong together; without it a recipe is tried on a toy.
     """
 
     def declare(fn: Callable[..., Tensor]) -> Step:
@@ -190,7 +207,7 @@ def step(
             raise UsageError(f"there are two steps named {fn.__name__!r}")
         STEPS[fn.__name__] = Step(
             fn, grain=grain, stat=stat, reduces=reduces, needs=needs, one_by_one=one_by_one, simpler=simpler,
-            workspace=workspace,
+            workspace=workspace, refuses=refuses,
         )  # fmt: skip
         return STEPS[fn.__name__]
 

@@ -13,38 +13,40 @@ not reproduced here.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
 
+from weft.checkpoints.bits import Array
+from weft.late import Tensor
 from weft.methods.params import Scope
 from weft.methods.registry import method
-from weft.methods.spherical import combination
-from weft.methods.stats import Gram, gram_of
-from weft.methods.step import Pipeline, step
+from weft.methods.spherical import combination, squares
+from weft.methods.stats import Gram, gram_of, namespace, pairs
+from weft.methods.step import Pipeline, anything_goes, step
 
 
-def stock_ratio(gram: Tensor, clamp: bool = True) -> Tensor:
+def stock_ratio(gram: Array | Tensor, clamp: bool = True) -> Any:
     """t, gram: [..., k, k] → [...]."""
-    k = gram.shape[-1]
-    square = gram.diagonal(dim1=-2, dim2=-1)
+    xp, k = namespace(gram), gram.shape[-1]
+    square = squares(gram)
     directed = square > 0
-    inverse = torch.where(directed, torch.where(directed, square, 1.0).rsqrt(), 0.0)
+    inverse = xp.where(directed, 1.0 / xp.sqrt(xp.where(directed, square, 1.0)), 0.0)
     unit = gram * inverse[..., :, None] * inverse[..., None, :]
-    i, j = torch.triu_indices(k, k, 1, device=gram.device)
+    i, j = zip(*((i, j) for i, j in pairs(k) if i < j), strict=True)
     cos = unit[..., i, j].mean(-1)
     if clamp:
-        cos = cos.clamp(0, 1)
+        cos = xp.clip(cos, 0, 1)
     below = 1 + (k - 1) * cos
-    return k * cos / torch.where(below == 0, 1.0, below)
+    return k * cos / xp.where(below == 0, 1.0, below)
 
 
-def _shrink(x: Tensor, gram: Tensor, clamp: bool) -> Tensor:
+def _shrink(x: Tensor, gram: Array | Tensor, clamp: bool) -> Tensor:
     k = x.shape[0]
-    return combination(x, (stock_ratio(gram, clamp) / k)[..., None].expand(*gram.shape[:-1]))
+    share = (stock_ratio(gram, clamp) / k)[..., None]
+    return combination(x, namespace(gram).concatenate([share] * k, -1))
 
 
-@step(stat=Gram(), reduces=True)
-def shrink_mean(x: Tensor, *, gram: Tensor, clamp: bool = True, scope: Scope = "tensor") -> Tensor:
+@step(stat=Gram(), reduces=True, refuses=anything_goes)
+def shrink_mean(x: Tensor, *, gram: Array | Tensor, clamp: bool = True, scope: Scope = "tensor") -> Tensor:
     """Mean of the task vectors times Model Stock's ratio, by the angle of the tensor or the whole model."""
     return _shrink(x, gram, clamp)
 

@@ -15,14 +15,12 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import torch
-from torch import Tensor
-
+from weft.late import Tensor, torch
 from weft.methods.averages import scaled, weighted_sum
 from weft.methods.params import Density, Scope, Weight, per_model
 from weft.methods.registry import method
 from weft.methods.stats import Select, compared
-from weft.methods.step import Pipeline, step
+from weft.methods.step import Pipeline, anything_goes, step
 
 Elect = Literal["mass", "count"]
 Tie = Literal["none", "plus"]
@@ -38,16 +36,19 @@ def kept_count(density: float, numel: int) -> int:
 
 def column(values: Tensor, x: Tensor) -> Tensor:
     """A per-model vector [k] shaped to broadcast against x: [k, *shape]."""
-    return values.to(x.device).reshape(-1, *[1] * (x.ndim - 1))
+    return torch.as_tensor(values, device=x.device).reshape(-1, *[1] * (x.ndim - 1))
 
 
-@step(stat=Select("threshold", lambda p, k, n: [[kept_count(d, n)] for d in per_model(p["density"], k)]))
+@step(
+    stat=Select("threshold", lambda p, k, n: [[kept_count(d, n)] for d in per_model(p["density"], k)]),
+    refuses=anything_goes,
+)
 def trim(x: Tensor, *, threshold: Tensor, density: Density = 0.2, scope: Scope = "tensor") -> Tensor:
     """Keep each model's ⌊p·n⌋ entries of largest magnitude (all that tie with the last), zero the rest."""
     return torch.where(compared(x) >= column(threshold[:, 0], x), x, 0.0)
 
 
-@step()
+@step(refuses=anything_goes)
 def elect_sign(x: Tensor, *, weight: Weight = 1.0, elect: Elect = "mass", tie: Tie = "none") -> Tensor:
     """Zero the entries whose sign is not the elected one. x: [k, *shape] → [k, *shape]."""
     w = per_model(weight, x.shape[0])
@@ -59,7 +60,7 @@ def elect_sign(x: Tensor, *, weight: Weight = 1.0, elect: Elect = "mass", tie: T
     return torch.where((signs == sign) & (sign != 0), x, 0.0)
 
 
-@step(reduces=True)
+@step(reduces=True, refuses=anything_goes)
 def disjoint_mean(x: Tensor, *, weight: Weight = 1.0, normalize: bool = True) -> Tensor:
     """Weighted mean over the models whose entry is not zero; the plain sum unless `normalize`."""
     if not normalize:

@@ -11,8 +11,7 @@ of the expert's own norm, with opposite ones it is all there is. Vectors: the me
 
 from __future__ import annotations
 
-from torch import Tensor
-
+from weft.late import Tensor
 from weft.methods.averages import scaled
 from weft.methods.masks import Task, of_task
 from weft.methods.params import Weight

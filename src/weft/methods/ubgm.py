@@ -13,10 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
 from weft.errors import UsageError
+from weft.late import Tensor, torch
 from weft.methods.averages import weighted_sum
 from weft.methods.params import NonNegative, Weight, per_model
 from weft.methods.registry import method

@@ -11,9 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
+from weft.late import Tensor, torch
 from weft.methods.registry import method
 from weft.methods.stats import Sums
 from weft.methods.step import At, Pipeline, step

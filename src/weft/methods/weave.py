@@ -11,9 +11,7 @@ factor still: docs/bench.md has the ablation, and where it fails.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
+from weft.late import Tensor, torch
 from weft.methods.averages import scaled
 from weft.methods.gram import fit_both
 from weft.methods.inverse import Filter

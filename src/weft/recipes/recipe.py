@@ -6,9 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
-
-from weft.checkpoints.dtypes import dtype_name
+from weft.checkpoints.dtypes import DType
 from weft.checkpoints.refs import Ref
 from weft.methods.registry import Method
 from weft.recipes.schedule import Schedules
@@ -68,7 +66,7 @@ class Recipe:
     base: Source | None
     params: Schedules
     name: str | None = None
-    dtype: torch.dtype | None = None
+    dtype: DType | None = None
     seed: int | None = None
     missing: Literal["error", "carry", "available"] = "error"
     mismatch: Literal["error", "carry"] = "error"
@@ -143,7 +141,7 @@ class Recipe:
             "slices": [s.describe() for s in self.slices] or None,
             "modules": {name: r.describe() for name, r in self.modules.items()} or None,
             "frame": None if self.frame is None else show_source(self.frame),
-            "dtype": dtype_name(self.dtype) if self.dtype else None,
+            "dtype": self.dtype.name if self.dtype else None,
             "seed": self.seed,
             "missing": self.missing,
             "mismatch": self.mismatch,

@@ -9,12 +9,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
-from weft.checkpoints.dtypes import parse_dtype
+from weft.checkpoints.dtypes import DType, spelled
 from weft.checkpoints.refs import Ref, parse_ref
 from weft.errors import UsageError
-from weft.methods.step import At
+from weft.late import torch
+from weft.methods.step import At, Pipeline
 from weft.recipes import mergekit, schema, tokenizer
 from weft.recipes.findings import Findings
 from weft.recipes.groups import BaseRaw, Entry, Group, as_recipe, groups, in_modules, in_slices
@@ -259,27 +258,34 @@ def _statistics(
 
 
 def _probe(asked: Asked, by_name: Mapping[str, Any], k: int) -> None:
-    """Run the method on a toy, once for the first and once for the last value of everything.
+    """Try the parameters together, once with the first and once with the last value of everything.
 
-    Some parameters are right one by one and wrong together (weights that sum to zero).
+    Some are right one by one and wrong together (weights that sum to zero). Steps that cannot say so run on a toy.
     """
-    toy = torch.arange(1.0, 1 + 4 * k, dtype=torch.float64).reshape(k, 2, 2).cos()
-    at = At("model.layers.0.mlp.up_proj.weight", (2, 2), layer=0, layers=1)
     for end in (0, -1):
         values = {name: sample(schedule, end) for name, schedule in by_name.items()}
         steps = asked.method.pipeline(**values)
-        none = dict.fromkeys(n.source for n in steps.needs)
-        steps(toy, base=torch.ones(2, 2, dtype=torch.float64), at=at, statistics=none)
+        for bound in steps.steps:
+            bound.step.refuse(bound.params, k)
+        if any(bound.step.refuses is None for bound in steps.steps):
+            _run_on_a_toy(steps, k)
 
 
-def _dtype(raw: schema.Recipe, found: Findings, path: Path) -> torch.dtype | None:
+def _run_on_a_toy(steps: Pipeline, k: int) -> None:
+    toy = torch.arange(1.0, 1 + 4 * k, dtype=torch.float64).reshape(k, 2, 2).cos()
+    at = At("model.layers.0.mlp.up_proj.weight", (2, 2), layer=0, layers=1)
+    none = dict.fromkeys(n.source for n in steps.needs)
+    steps(toy, base=torch.ones(2, 2, dtype=torch.float64), at=at, statistics=none)
+
+
+def _dtype(raw: schema.Recipe, found: Findings, path: Path) -> DType | None:
     dtype = None
     for key in ("dtype", "out_dtype"):  # the later one wins
         text = getattr(raw, key)
         if text is None:
             continue
         try:
-            dtype = parse_dtype(text)
+            dtype = spelled(text)
         except UsageError as error:
             found.problem((*path, key), str(error))
     return dtype

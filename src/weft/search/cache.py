@@ -238,7 +238,7 @@ class Keys:
         if isinstance(node, Model | InCompany):
             return inner[0]
         if isinstance(node, Cast):
-            return "cast", node.dtype, inner
+            return "cast", node.kind, inner
         if isinstance(node, Affine):
             return "affine", node.coefficients, inner
         if isinstance(node, Assembled):

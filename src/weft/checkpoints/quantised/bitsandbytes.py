@@ -15,15 +15,13 @@ from dataclasses import dataclass
 from math import isfinite, prod
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from weft.checkpoints.base import Checkpoint
 from weft.checkpoints.limits import shown
 from weft.checkpoints.quantised.node import Part
 from weft.checkpoints.quantised.packing import unpack_nibbles
 from weft.checkpoints.strictjson import parse_json
 from weft.errors import DataError
+from weft.late import Tensor, torch
 
 _STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
 _MAX_STATE = 1 << 16

@@ -13,9 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from weft.checkpoints.base import Checkpoint
 from weft.checkpoints.limits import shown
 from weft.checkpoints.orientation import CONV1D_MODELS
@@ -23,6 +20,7 @@ from weft.checkpoints.quantised.grid import column_groups
 from weft.checkpoints.quantised.node import Part
 from weft.checkpoints.quantised.packing import unpack_words, word_count
 from weft.errors import DataError
+from weft.late import Tensor, torch
 
 _AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
 """Where in a word the code of each of eight columns lies: the inverse of the order they are packed in."""

@@ -12,13 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-import torch
-from torch import Tensor
-
 from weft.checkpoints.base import Checkpoint
 from weft.checkpoints.limits import shown
 from weft.checkpoints.quantised.node import Part
-from weft.checkpoints.quantised.packing import E2M1, unpack_nibbles
+from weft.checkpoints.quantised.packing import e2m1, unpack_nibbles
+from weft.late import Tensor, torch
 
 _BLOCK = 32
 
@@ -63,7 +61,7 @@ class ExpertBlocks:
         one = rows * groups
         blocks = part(f"{self.name}_blocks", e * one * 16, (e + 1) * one * 16).reshape(rows, groups, 16)
         scales = part(f"{self.name}_scales", e * one, (e + 1) * one).reshape(rows, groups)
-        codes = E2M1[unpack_nibbles(blocks[:, first:last], low_first=True)]
+        codes = e2m1(unpack_nibbles(blocks[:, first:last], low_first=True))
         factors = scales[:, first:last].contiguous().view(torch.float8_e8m0fnu).double()
         values = (codes * factors[:, :, None]).reshape(rows, -1).T.reshape(-1)
         begin = first * _BLOCK * rows

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
-
 from weft.checkpoints.base import Checkpoint
 from weft.checkpoints.limits import shown
 from weft.checkpoints.quantised.node import Part
-from weft.checkpoints.quantised.packing import E2M1, unpack_nibbles, unpack_words, word_count
+from weft.checkpoints.quantised.packing import e2m1, unpack_nibbles, unpack_words, word_count
 from weft.errors import DataError
+from weft.late import Tensor, torch
 
 _DEFAULT_BLOCK = (128, 128)
 
@@ -54,7 +52,7 @@ class Float4:
     def read(self, part: Part, start: int, stop: int) -> Tensor:
         first = start // 2
         data = part(self.name, first, -(-stop // 2)).view(torch.uint8)
-        return E2M1[unpack_nibbles(data, low_first=True)][start - 2 * first : stop - 2 * first]
+        return e2m1(unpack_nibbles(data, low_first=True))[start - 2 * first : stop - 2 * first]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
-
 from weft.checkpoints.base import Asset, Checkpoint, TensorInfo, WeightFile
 from weft.checkpoints.dtypes import is_mergeable, round_to
 from weft.checkpoints.ranges import element_range
+from weft.late import Tensor, torch
 
 Part = Callable[[str, int, int | None], Tensor]
 """Reads elements `[start, stop)` of a stored tensor, flattened."""

@@ -15,12 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from typing import Any
 
-import torch
-
 from weft.checkpoints.base import Checkpoint
 from weft.checkpoints.limits import shown
 from weft.checkpoints.quantised.grid import Grid, Scaled, Words, fitted, stated_blocks
 from weft.checkpoints.quantised.packing import word_count
+from weft.late import torch
 
 _ENDING = "weight_packed"
 

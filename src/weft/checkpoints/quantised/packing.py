@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from weft.late import Tensor, torch
 
-E2M1 = torch.tensor(
-    [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0],
-    dtype=torch.float64,
-)
-"""What the sixteen codes of a 4-bit float (sign, 2 bits of exponent, 1 of mantissa) stand for."""
+_SIZES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def e2m1(codes: Tensor) -> Tensor:
+    """What codes of a 4-bit float (sign, 2 bits of exponent, 1 of mantissa) stand for, in float64."""
+    return torch.tensor([*_SIZES, *(-v for v in _SIZES)], dtype=torch.float64)[codes]
 
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:

@@ -11,14 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from weft.checkpoints.base import Checkpoint
 from weft.checkpoints.limits import shown
 from weft.checkpoints.quantised.grid import Float4, Grid, Plain, Scaled, fitted, stated_blocks
 
-_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
-_CODES = (*_FLOAT8, torch.int8)
+_CODES = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "int8")
 
 
 def find_scaled(
@@ -28,7 +25,7 @@ def find_scaled(
     stated = stated_blocks(quantisation)
     found = {}
     for name, info in model.tensors.items():
-        if info.dtype not in _CODES or not info.numel or not info.shape or name in taken:
+        if info.kind.name not in _CODES or not info.numel or not info.shape or name in taken:
             continue
         module, _, last = name.rpartition(".")
         if f"{module}.SCB" in model and last == "weight":
@@ -76,7 +73,7 @@ def find_float4(model: Checkpoint, problems: list[str]) -> dict[str, Scaled]:
     """
     found = {}
     for name, info in model.tensors.items():
-        if info.dtype != torch.uint8 or len(info.shape) < 2 or not info.numel:
+        if info.kind.name != "uint8" or len(info.shape) < 2 or not info.numel:
             continue
         plain = name.removesuffix("_packed") if name.endswith("weight_packed") else name
         if not plain.endswith("weight") or (plain == name and f"{plain}_scale_2" not in model):

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from weft.checkpoints.base import Checkpoint
 from weft.checkpoints.limits import shown
 from weft.checkpoints.orientation import CONV1D_MODELS
@@ -21,6 +19,7 @@ from weft.checkpoints.quantised.node import CONFIG_KEYS, Coded, Dequantised, sta
 from weft.checkpoints.quantised.packed import find_packed
 from weft.checkpoints.quantised.scaled import find_float4, find_scaled
 from weft.errors import DataError, DataProblems
+from weft.late import torch
 
 _PACKED = (
     ".qweight", ".qzeros", "weight_packed", ".absmax", ".quant_map", ".SCB", "weight_zero_point", "_blocks",

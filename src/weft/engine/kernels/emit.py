@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+import numpy as np
 
+from weft.checkpoints.bits import Array
+from weft.methods.averages import coefficients
 from weft.methods.dare import ratios
 from weft.methods.params import per_model
 from weft.methods.random import stream_key, threshold
@@ -107,19 +109,15 @@ def sums(name: str) -> Callable[[Summands], Summands]:
     return declare
 
 
-def _sum(body: Body, coefficients: list[float]) -> None:
+def _sum(body: Body, factors: list[float]) -> None:
     """Σ cᵢxᵢ, added model by model."""
-    terms = [f"{v} * {body.number(c)}" for v, c in zip(body.values, coefficients, strict=True)]
+    terms = [f"{v} * {body.number(c)}" for v, c in zip(body.values, factors, strict=True)]
     body.values = [body.let(" + ".join(terms))]
 
 
 @emits("weighted_sum")
 def weighted_sum(body: Body, params: Mapping[str, Any], found: Mapping[str, Any], at: At) -> None:
-    w = per_model(params["weight"], body.k)
-    if params["normalize"]:
-        total = sum(w)
-        w = [v / total for v in w]
-    _sum(body, w)
+    _sum(body, coefficients(params, body.k))
 
 
 @emits("scaled")
@@ -257,8 +255,8 @@ def thin_masses(body: Body, params: Mapping[str, Any], at: At) -> list[str]:
     return [f"abs({v})" for v in (*(f"{b}[j]" for b in before), *body.values)]
 
 
-def _combination(body: Body, coefficients: torch.Tensor) -> None:
-    _sum(body, coefficients.expand(body.k).tolist())
+def _combination(body: Body, factors: Array) -> None:
+    _sum(body, np.broadcast_to(factors, body.k).tolist())
 
 
 @emits("turn")

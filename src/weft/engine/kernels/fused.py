@@ -6,15 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from weft.checkpoints.dtypes import round_to
+from weft.checkpoints.bits import Array, Bits
+from weft.checkpoints.dtypes import BF16, F32, F64, DType, round_to
 from weft.checkpoints.execution import TILE
 from weft.engine.kernels.emit import SUMS, Body
 from weft.engine.kernels.generate import Source
 from weft.engine.kernels.work import Range, fusable, nonfinite
-from weft.methods.counting import Counted
+from weft.methods.counting import Counted, reach
 from weft.methods.stats import Gram, Select, Sums, pairs
 from weft.methods.step import Bound
 
@@ -25,16 +24,14 @@ TRANSPARENT = ("weighted_sum", "scaled")
 """Steps whose result is not finite where an entry of any model isn't: even a weight of zero makes it NaN."""
 FEW_DIGITS = 5
 """Up to so many upper halves are counted by comparing; more by a table."""
-_STORED = (torch.bfloat16, torch.float32, torch.float64)
+_STORED = (BF16, F32, F64)
 """Dtypes a kernel writes itself."""
 
 
 class Kernels:
     """Fused execution of one save. Holds nothing, so threads share it."""
 
-    def merge(
-        self, node: Merge, name: str, start: int, stop: int, dtype: torch.dtype | None
-    ) -> Tensor | None:
+    def merge(self, node: Merge, name: str, start: int, stop: int, dtype: DType | None) -> Bits | None:
         """The merged range, rounded to `dtype` (float64 without one); None where torch must do it."""
         steps = node.pipeline(name).steps
         if node.measured is not None:  # what was measured reaches only steps in torch
@@ -49,13 +46,13 @@ class Kernels:
             work.refuse_nonfinite()
         tail = len(steps) - fusable(tuple(reversed(steps)))  # from here on all steps have emitters
         work.advance(tail)
-        out = torch.empty(stop - start, dtype=dtype if dtype in _STORED else torch.float64)
+        out = Bits.empty(stop - start, dtype if dtype is not None and dtype in _STORED else F64)
         _apply(work, len(steps), out)
         if unread and shows and nonfinite(out):
             work.refuse_nonfinite()
-        return out if dtype is None or dtype == out.dtype else round_to(out, dtype)
+        return out if dtype is None or dtype == out.dtype else Bits.of(round_to(out.tensor(), dtype.torch))
 
-    def hint(self, node: Merge, names: Sequence[str], j: int) -> Tensor | None:
+    def hint(self, node: Merge, names: Sequence[str], j: int) -> Array | None:
         """Where step j's order statistics nearly surely are, from a few tiles: upper halves `[k, q, 2]`."""
         bound = node.pipeline(names[0]).steps[j]
         stat = bound.step.stat
@@ -73,13 +70,13 @@ class Kernels:
                 part = self.partial(node, name, j, start, min(start + TILE, size), None, None)
                 if part is None:
                     return None
-                counts = part if counts is None else counts.add_(part)
+                counts = part if counts is None else np.add(counts, part, out=counts)
                 seen += min(TILE, size - start)
             begin += size
         return None if counts is None else _bracket(counts, stat, bound, seen, numel)
 
     def partial(
-        self, node: Merge, name: str, j: int, start: int, stop: int, memo: Any, hint: Tensor | None
+        self, node: Merge, name: str, j: int, start: int, stop: int, memo: Any, hint: Array | None
     ) -> Any:
         """Step j's statistic of a range; None where torch must do it."""
         if node.measured is not None:
@@ -99,31 +96,31 @@ class Kernels:
             found = _gram(work, j)
         else:
             return _counts(work, j, memo, hint)
-        if not bool(found.isfinite().all()):  # every value is in a sum, so each that is not finite shows
+        if not np.isfinite(found).all():  # every value is in a sum, so each that is not finite shows
             work.refuse_nonfinite()
         return found
 
 
-def _apply(work: Range, upto: int, out: Tensor) -> None:
+def _apply(work: Range, upto: int, out: Bits) -> None:
     """Do the steps and round the result into `out`, plus the base where there is one."""
-    raw = out.dtype == torch.bfloat16
+    raw = out.dtype == BF16
 
     def finish(source: Source) -> str:
         value = source.body.values[0]
         if work.base is not None:
             if work.lifted:  # the differences were formed before; the base comes in again here
-                source.add_base(work.base.dtype == torch.bfloat16)
+                source.add_base(work.base.dtype == BF16)
             value = f"base + {value}"
         source.sliced.append("out")
         return source.finish(["out"], [f"out_[j] = to_bf16({value})" if raw else f"out_[j] = {value}"])
 
     program = work.program(("apply", raw, work.base is None), upto, finish)
-    program.run(work, out.view(torch.uint16).numpy() if raw else out.numpy())
+    program.run(work, out.array)
 
 
-def _gram(work: Range, upto: int) -> Tensor:
+def _gram(work: Range, upto: int) -> Array:
     """Gram.partial: [tiles, k(k+1)/2]."""
-    k, n = len(work.stack), work.stack[0].numel()
+    k, n = len(work.stack), len(work.stack[0])
 
     def finish(source: Source) -> str:
         bufs = [source.body.block(f"buf{i}", "float64") for i in range(k)]
@@ -135,12 +132,12 @@ def _gram(work: Range, upto: int) -> Tensor:
 
     out = np.zeros((max(1, -(-n // TILE)), len(pairs(k))), np.float64)
     work.program("gram", upto, finish).run(work, out)
-    return torch.from_numpy(out)
+    return out
 
 
-def _sums(work: Range, upto: int, m: int, quantities: Callable[[Body], list[str]]) -> Tensor:
+def _sums(work: Range, upto: int, m: int, quantities: Callable[[Body], list[str]]) -> Array:
     """Sums.partial of m quantities: [tiles, m]."""
-    n = work.stack[0].numel()
+    n = len(work.stack[0])
 
     def finish(source: Source) -> str:
         bufs = [source.body.block(f"buf{c}", "float64") for c in range(m)]
@@ -152,22 +149,21 @@ def _sums(work: Range, upto: int, m: int, quantities: Callable[[Body], list[str]
 
     out = np.zeros((max(1, -(-n // TILE)), m), np.float64)
     work.program(("sums", m), upto, finish).run(work, out)
-    return torch.from_numpy(out)
+    return out
 
 
-def _bracket(counts: Tensor, stat: Select, bound: Bound, seen: int, numel: int) -> Tensor:
+def _bracket(counts: Array, stat: Select, bound: Bound, seen: int, numel: int) -> Array:
     """Upper halves `[k, q, 2]` between which the wanted ranks nearly surely lie; counts: [k, 1, digits]."""
     k, digits = counts.shape[0], counts.shape[-1]
-    above = counts[:, 0].flip(-1).cumsum(-1)  # from the largest digit down
-    share = torch.tensor(stat.ranks(bound.params, k, numel)).clamp(1, numel).double() / numel  # [k, q]
+    above = counts[..., ::-1].cumsum(-1)  # from the largest digit down, [k, 1, digits]
+    share = np.array(stat.ranks(bound.params, k, numel)).clip(1, numel) / numel  # [k, q]
     # values that lie together are alike, so a sample in tiles tells less than its length
-    slack = 8 * (share * (1 - share) * seen).sqrt() + 2
-    around = torch.stack([share * seen - slack, share * seen + slack], -1).clamp(1, seen).long()
-    high, low = torch.searchsorted(above, around.reshape(k, -1)).reshape(around.shape).unbind(-1)
-    return torch.stack([digits - 1 - low, digits - high], -1).clamp(0, digits)
+    slack = 8 * np.sqrt(share * (1 - share) * seen) + 2
+    high, low = (reach(above, (share * seen + d).clip(1, seen).astype(np.int64))[0] for d in (-slack, slack))
+    return np.stack([digits - 1 - low, digits - high], -1).clip(0, digits)
 
 
-def _counts(work: Range, upto: int, memo: Any, hint: Tensor | None) -> Tensor | Counted:
+def _counts(work: Range, upto: int, memo: Any, hint: Array | None) -> Array | Counted:
     """Select.partial: counts [k, q, digits], with the keys that a second pass would count, given a hint."""
     k = len(work.stack)
 
@@ -188,12 +184,12 @@ def _counts(work: Range, upto: int, memo: Any, hint: Tensor | None) -> Tensor | 
 
     if memo is None:  # the first pass looks for NaN and infinity too
         odd, look = np.zeros(k, np.int64), [f"odd[{i}] += unbounded(keys{i}, m)" for i in range(k)]
-        counts: Tensor | Counted
+        counts: Array | Counted
         if hint is None:
             table = np.zeros((k, 1, 1 << 15), np.int32)  # a range is shorter than 2**31
             after = look + [f"count_upper(keys{i}, m, out[{i}, 0])" for i in range(k)]
             work.program("upper", upto, finish(["out", "odd"], after)).run(work, table, odd)
-            counts = torch.from_numpy(table)
+            counts = table
         else:
             counts = _counted(
                 work, upto, hint, lambda extra, after: finish([*extra, "odd"], look + after), odd
@@ -201,18 +197,18 @@ def _counts(work: Range, upto: int, memo: Any, hint: Tensor | None) -> Tensor | 
         if odd.any():
             work.refuse_nonfinite()
         return counts
-    prefix = memo["prefix"].numpy().astype(np.uint32)  # [k, q]
+    prefix = memo["prefix"].astype(np.uint32)  # [k, q]
     q = prefix.shape[1]
     lower = np.zeros((k, q, 1 << 16), np.int64)
     after = [f"count_lower(keys{i}, m, prefix[{i}, {c}], out[{i}, {c}])" for i in range(k) for c in range(q)]
     work.program(("lower", q), upto, finish(["prefix", "out"], after)).run(work, prefix, lower)
-    return torch.from_numpy(lower)
+    return lower
 
 
 def _counted(
     work: Range,
     upto: int,
-    hint: Tensor,
+    hint: Array,
     finish: Callable[[list[str], list[str]], Callable[[Source], str]],
     *also: np.ndarray[Any, Any],
 ) -> Counted:
@@ -220,7 +216,7 @@ def _counted(
     k, q, _ = hint.shape
     few = int((hint[..., 1] - hint[..., 0]).max()) <= FEW_DIGITS
     every = [(i, c) for i in range(k) for c in range(q)]
-    rest, kept = np.empty((k, q, work.stack[0].numel() // 8 + 1), np.uint32), np.zeros((k, q), np.int64)
+    rest, kept = np.empty((k, q, len(work.stack[0]) // 8 + 1), np.uint32), np.zeros((k, q), np.int64)
     after = [
         f"kept[{i}, {c}] = keep_long(keys{i}, m, bracket[{i}, {c}], rest[{i}, {c}], kept[{i}, {c}])"
         for i, c in every
@@ -232,10 +228,8 @@ def _counted(
         out = np.zeros((k, 1, 1 + (1 << 15)), np.int32)
         after += [f"count_upper(keys{i}, m, out[{i}, 0, 1:])" for i in range(k)]
     program = work.program(("counted", few, q), upto, finish(["bracket", "out", "rest", "kept"], after))
-    program.run(work, hint.numpy().astype(np.uint32), out, rest, kept, *also)
-    counts, first = torch.from_numpy(out), hint[..., 0] if few else torch.zeros((k, 1), dtype=torch.int64)
+    program.run(work, hint.astype(np.uint32), out, rest, kept, *also)
+    first = hint[..., 0] if few else np.zeros((k, 1), np.int64)
     if kept.max() > rest.shape[-1]:
-        return Counted(counts, first, hint, None)
-    return Counted(
-        counts, first, hint, tuple((torch.from_numpy(rest[i, c, : kept[i, c]].copy()),) for i, c in every)
-    )
+        return Counted(out, first, hint, None)
+    return Counted(out, first, hint, tuple((rest[i, c, : kept[i, c]].copy(),) for i, c in every))

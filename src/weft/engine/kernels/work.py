@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from weft.checkpoints.bits import Array, Bits
+from weft.checkpoints.dtypes import BF16, F32, F64
 from weft.engine.kernels.emit import BLOCK, EMITTERS
 from weft.engine.kernels.generate import Source
 from weft.engine.kernels.objects import Kernel, kernel
+from weft.late import torch
 from weft.methods.step import At, Bound, row_length
 
 if TYPE_CHECKING:
@@ -28,9 +29,9 @@ class Range:
     at: At
     place: tuple[int, int]
     """Start and stop."""
-    base: Tensor | None
-    stack: list[Tensor]
-    """One tensor a model, as stored; after `advance`, float64 task vectors."""
+    base: Bits | None
+    stack: list[Bits]
+    """One a model, as stored; after `advance`, float64 task vectors."""
     done: int = 0
     """Steps done so far."""
     lifted: bool = False
@@ -71,7 +72,7 @@ class Range:
 
     def lift(self, upto: int) -> None:
         """The stack as float64 task vectors, with the steps up to `upto` done."""
-        self.stack = list(_stacked(self, upto))
+        self.stack = [Bits(row, F64) for row in _stacked(self, upto)]
         self.lifted = True
 
     def program(self, purpose: object, upto: int, finish: Callable[[Source], str]) -> Program:
@@ -96,9 +97,9 @@ class Range:
 
     def source(self, upto: int) -> Source:
         """A kernel that loads the stack and does the steps from `done` to `upto`."""
-        raw = [x.dtype == torch.bfloat16 for x in self.stack]
+        raw = [x.dtype == BF16 for x in self.stack]
         base = None if self.lifted else self.base
-        source = Source(raw, None if base is None else base.dtype == torch.bfloat16)
+        source = Source(raw, None if base is None else base.dtype == BF16)
         for j, bound in enumerate(self.node.pipeline(self.name).steps[self.done : upto], self.done):
             EMITTERS[bound.step.name](source.body, bound.params, self.node.found(self.name, j), self.at)
         return source
@@ -106,12 +107,13 @@ class Range:
     def _in_torch(self, bound: Bound) -> None:
         k, shape = len(self.stack), self.at.shape
         view = {"element": (-1,), "row": (-1, row_length(shape)), "tensor": shape}[bound.grain]
-        x = self.stack[0] if self.reduced else torch.stack(self.stack)
+        rows = [x.tensor() for x in self.stack]
+        x = rows[0] if self.reduced else torch.stack(rows)
         x = x.reshape(*(() if self.reduced else (k,)), *view)
-        base = None if self.base is None else self.base.double().reshape(view)
+        base = None if self.base is None else self.base.tensor().double().reshape(view)
         out = bound.step.run(x, bound.params, self.node.found(self.name, self.done), self.at, base)
         self.reduced = self.reduced or bound.step.reduces
-        self.stack = [out.reshape(-1)] if self.reduced else list(out.reshape(k, -1))
+        self.stack = [Bits.of(row) for row in out.reshape(1 if self.reduced else k, -1)]
 
 
 def fusable(steps: Sequence[Bound]) -> int:
@@ -119,11 +121,9 @@ def fusable(steps: Sequence[Bound]) -> int:
     return next((n for n, b in enumerate(steps) if b.step.name not in EMITTERS), len(steps))
 
 
-def array_of(x: Tensor) -> np.ndarray[Any, Any]:
-    """A kernel's view of a 1-D tensor: raw uint16 for bf16, else float32 or float64."""
-    if x.dtype == torch.bfloat16:
-        return x.view(torch.uint16).numpy()
-    return (x if x.dtype in (torch.float32, torch.float64) else x.float()).contiguous().numpy()
+def array_of(x: Bits) -> Array:
+    """A kernel's view of values: raw uint16 for bf16, else float32 or float64."""
+    return x.array if x.dtype in (BF16, F32, F64) else x.tensor().float().numpy()
 
 
 @dataclass(frozen=True)
@@ -171,13 +171,14 @@ def kernel(x, found):
 """
 
 
-def nonfinite(x: Tensor) -> bool:
+def nonfinite(x: Bits) -> bool:
+    """Whether there is a NaN or an infinity."""
     found = np.zeros(1, np.uint8)
-    kernel(_FOUND.format(kind="bf16" if x.dtype == torch.bfloat16 else "float"))(array_of(x), found)
+    kernel(_FOUND.format(kind="bf16" if x.dtype == BF16 else "float"))(array_of(x), found)
     return bool(found[0])
 
 
-def _stacked(work: Range, upto: int) -> Tensor:
+def _stacked(work: Range, upto: int) -> Array:
     """Do the steps into a float64 stack [k', n]."""
     k = 1 if work.reduced_by(upto) else len(work.stack)
     rows = [f"o{i}" for i in range(k)]
@@ -187,6 +188,6 @@ def _stacked(work: Range, upto: int) -> Tensor:
         values = source.body.values
         return source.finish(rows, [f"{row}_[j] = {v}" for row, v in zip(rows, values, strict=True)])
 
-    out = torch.empty((k, work.stack[0].numel()), dtype=torch.float64)
-    work.program("stack", upto, finish).run(work, *out.numpy())
+    out = np.empty((k, len(work.stack[0])), np.float64)
+    work.program("stack", upto, finish).run(work, *out)
     return out
