@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from weft.checkpoints.execution import execution, map_joined, own_stream, ranges
-from weft.late import Tensor
+from weft.methods import by_torch
 from weft.methods.held import LENGTH
 from weft.methods.parts import stored_name
 from weft.methods.step import Bound
@@ -42,8 +42,8 @@ def gather(merge: Merge, j: int, bound: Bound, names: Sequence[str]) -> dict[str
             if fused is not None:
                 return fused
         with own_stream(how.device):
-            x, base = merge.stack(name, start, stop)
-            x = merge.run(name, x, base, start, steps[:j])
+            x, base = by_torch.stack(merge, name, start, stop)
+            x = by_torch.run(merge, name, x, base, start, steps[:j])
             at = replace(merge.at(name), start=start)
             return stat.partial(x, memo, bound.params, at)
 
@@ -62,9 +62,3 @@ def gather(merge: Merge, j: int, bound: Bound, names: Sequence[str]) -> dict[str
 def _stored_width(merge: Merge, name: str) -> int:
     held = [s for s in merge.readers(name) if s is not None]
     return sum(s.info(stored_name(s, name)).kind.itemsize for s in held)
-
-
-def is_finite(values: Tensor) -> bool:
-    """False if there is a NaN or an infinity; for any dtype, the 8-bit ones included."""
-    wide = values.float() if values.dtype.itemsize == 1 else values
-    return bool(wide.isfinite().all())

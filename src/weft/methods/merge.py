@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 from weft.checkpoints.base import Asset, Checkpoint, TensorInfo, WeightFile
 from weft.checkpoints.bits import Bits
-from weft.checkpoints.dtypes import DType, round_to
-from weft.checkpoints.execution import execution, own_stream, to_device
+from weft.checkpoints.dtypes import DType
+from weft.checkpoints.execution import execution
 from weft.errors import DataError, UsageError
 from weft.late import Tensor, torch
-from weft.methods.gather import gather, is_finite
+from weft.methods import by_torch
+from weft.methods.gather import gather
 from weft.methods.held import Held
 from weft.methods.layers import block_of, count_layers
 from weft.methods.measured import Measured
@@ -275,12 +275,7 @@ class Merge(Checkpoint):
         fused = self._fused(name, start, stop, None if dtype is None else DType.of(dtype))
         if fused is not None:
             return fused.tensor()
-        with own_stream(execution().device):
-            x, base = self.stack(name, start, stop)
-            out = self.run(name, x, base, start, self.pipeline(name).steps)
-            if base is not None:
-                out = base + out
-            return (out if dtype is None else round_to(out, dtype)).cpu()
+        return by_torch.merged(self, name, start, stop, dtype)
 
     def bits(self, name: str, start: int = 0, stop: int | None = None, *, dtype: DType | None = None) -> Bits:
         part = self.part(name)
@@ -310,39 +305,6 @@ class Merge(Checkpoint):
     def readers(self, name: str) -> list[Checkpoint | None]:
         """What `values` reads from: the models that take part, then the base or None."""
         return [*(self.models[i] for i in self._parts[name].sources), self.base]
-
-    def stack(self, name: str, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """The inputs' range in float64 `[k, n]`, less the base where there is one, and the base `[n]`."""
-        device = execution().device
-        stored, below = self.values(name, start, stop)
-        models, base = [v.tensor() for v in stored], None if below is None else below.tensor()
-        if self.nonfinite == "error":
-            for values, source in zip([*models, base], self.readers(name), strict=True):
-                if values is not None and source is not None and not is_finite(values):
-                    self.refuse_nonfinite(name, source)
-        x = torch.empty((len(models), stop - start), dtype=torch.float64, device=device)
-        for row, values in zip(x, models, strict=True):
-            row.copy_(to_device(values, device))
-        if base is None:
-            return x, None
-        base = to_device(base, device).double()
-        return x.sub_(base), base
-
-    def run(self, name: str, x: Tensor, base: Tensor | None, start: int, steps: Sequence[Bound]) -> Tensor:
-        """Run `steps` on a range, with the statistics found before."""
-        at = replace(self.at(name), start=start)
-        n, reduced = x.shape[-1], False
-        for j, bound in enumerate(steps):
-            found = self.found(name, j)
-            shape = {"element": (n,), "row": (-1, row_length(at.shape)), "tensor": at.shape}[bound.grain]
-            if self.measured is not None:
-                found = found | self.measured.keywords(self, name, bound.step, start, start + n, shape)
-            models = () if reduced else (x.shape[0],)
-            b = None if base is None else base.reshape(shape)
-            x = bound.step.run(x.reshape(*models, *shape), bound.params, found, at, b)
-            reduced = reduced or bound.step.reduces
-            x = x.reshape(-1) if reduced else x.reshape(x.shape[0], -1)
-        return x
 
     def refuse_nonfinite(self, name: str, source: Checkpoint) -> None:
         raise DataError(

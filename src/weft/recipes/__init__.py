@@ -1,6 +1,6 @@
 """Recipes: what the user wants, written down. `read` checks one, `build` turns it into a lazy checkpoint.
 
-Importing this imports torch and pydantic; the command line does so only for the verbs that need it.
+Importing this imports pydantic; the command line does so only for the verbs that need it.
 """
 
 # bound here, at once: a lazy import would later be shadowed by the submodule of the same name
