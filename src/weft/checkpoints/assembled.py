@@ -200,6 +200,9 @@ class Assembled(Checkpoint):
         for source, key in self._keys(name):
             source.hold(key)
 
+    def at_hand(self, name: str) -> bool:
+        return all(s.source.at_hand(s.name) for s in self.spans(name))
+
     def held_bytes(self, name: str) -> int:
         return sum(source.held_bytes(key) for source, key in self._keys(name))
 

@@ -170,6 +170,14 @@ class Checkpoint(ABC):
             return self.info(name).nbytes
         return sum(s.bytes_read(name) for s in self.inputs if name in s)
 
+    def at_hand(self, name: str) -> bool:
+        """Whether to read a range again costs no more than to keep it: what local files hold as it is.
+
+        It is in the page cache since it was read, and is copied from there into buffers that the processor's cache
+        holds, where values kept elsewhere in memory come from memory each time.
+        """
+        return False
+
     def held_bytes(self, name: str) -> int:
         """Memory that `hold` would take; 0 where a tensor is read once anyway."""
         return sum(s.held_bytes(name) for s in self.inputs if name in s)

@@ -34,6 +34,9 @@ class InCompany(Derived):
     def assets(self) -> tuple[Asset, ...]:
         return self.first.assets if self._assets is None else self._assets
 
+    def at_hand(self, name: str) -> bool:
+        return self.first.at_hand(name)
+
     def read(
         self, name: str, start: int = 0, stop: int | None = None, *, dtype: torch.dtype | None = None
     ) -> Tensor:

@@ -212,6 +212,9 @@ class Renamed(Derived):
     def working_bytes(self, name: str, count: int) -> int:
         return self.first.working_bytes(self._old[name], count)
 
+    def at_hand(self, name: str) -> bool:
+        return self.first.at_hand(self._old[name])
+
     def held_bytes(self, name: str) -> int:
         return self.first.held_bytes(self._old[name])
 

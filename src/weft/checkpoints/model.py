@@ -79,6 +79,9 @@ class Model(Checkpoint):
         """Entries of the weight files that are no weights, by name."""
         return list(getattr(self.weights, "skipped", ()))
 
+    def at_hand(self, name: str) -> bool:
+        return self.weights.at_hand(name)
+
     def grain(self, name: str) -> int:
         return self.weights.grain(name)
 

@@ -225,6 +225,9 @@ class SafetensorsFile(Checkpoint):
         width = info.kind.itemsize
         self._source.prefetch(self._offsets[name] + start * width, (stop - start) * width)
 
+    def at_hand(self, name: str) -> bool:
+        return self._source.path is not None
+
     @property
     def files(self) -> tuple[WeightFile, ...]:
         return (weight_file(self._source),)

@@ -61,6 +61,9 @@ class Sharded(Checkpoint):
         self.info(name)
         return self._home[name].bits(name, start, stop, dtype=dtype)
 
+    def at_hand(self, name: str) -> bool:
+        return self._home[name].at_hand(name)
+
     def grain(self, name: str) -> int:
         self.info(name)
         return self._home[name].grain(name)

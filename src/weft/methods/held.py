@@ -14,7 +14,7 @@ LENGTH = 8
 
 
 class Held:
-    """The values of one tensor, from each reader that is not None, in pieces.
+    """The values of one tensor, from each reader that is not None and not `at_hand`, in pieces.
 
     Pieces rather than whole tensors: they come from what was freed before, where a block of many MiB would
     come from the system each time, to be cleared page by page.
@@ -29,12 +29,15 @@ class Held:
             source, start, stop = at
             return None if source is None else source.bits(stored_name(source, name), start, stop)
 
-        flat = how.map(read, [(s, a, b) for a, b in self._cut for s in readers])
+        self.whole = not any(s is not None and _at_hand(s, name) for s in readers)
+        """Whether all readers' values are in memory."""
+        far = [None if s is None or _at_hand(s, name) else s for s in readers]
+        flat = how.map(read, [(s, a, b) for a, b in self._cut for s in far])
         k = len(readers)
         self._pieces = [flat[i * k : (i + 1) * k] for i in range(len(self._cut))]
 
     def values(self, start: int, stop: int) -> list[Bits | None]:
-        """The range of every reader."""
+        """The range of every reader; None of those that are not held."""
         first, last = start // self._length, max(stop - 1, start) // self._length
         parts = []
         for i in range(first, last + 1):
@@ -47,3 +50,7 @@ class Held:
             None if row[0] is None else join([v for v in row if v is not None])
             for row in zip(*parts, strict=True)
         ]
+
+
+def _at_hand(source: Checkpoint, name: str) -> bool:
+    return source.at_hand(stored_name(source, name))

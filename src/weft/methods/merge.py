@@ -203,6 +203,7 @@ class Merge(Checkpoint):
         return inner + passes * sum(
             part.info.numel * (8 if s.inputs else s.info(stored_name(s, name)).kind.itemsize)
             for s in self._sources(name)
+            if not s.at_hand(stored_name(s, name))
         )
 
     def hold(self, name: str) -> None:
@@ -214,8 +215,8 @@ class Merge(Checkpoint):
             self._held[name] = Held(self.readers(name), name, part.info.numel, self.grain(name))
 
     def holds(self, name: str) -> bool:
-        """Whether `hold` keeps the tensor's inputs in memory."""
-        return name in self._held
+        """Whether `hold` keeps all of the tensor's inputs in memory."""
+        return name in self._held and self._held[name].whole
 
     def remembered(self, name: str) -> dict[Any, Any]:
         """What whoever carries a merge out keeps of a tensor between its ranges, until `release`."""
@@ -293,13 +294,12 @@ class Merge(Checkpoint):
 
     def values(self, name: str, start: int, stop: int) -> tuple[list[Bits], Bits | None]:
         """The range of every model that takes part, and of the base, as they are stored."""
-        held = self._held.get(name)
-        if held is not None and stop > start:
-            *models, base = held.values(start, stop)
-        else:
-            *models, base = (
-                None if s is None else s.bits(stored_name(s, name), start, stop) for s in self.readers(name)
-            )
+        held, readers = self._held.get(name), self.readers(name)
+        there = held.values(start, stop) if held is not None and stop > start else [None] * len(readers)
+        *models, base = (
+            s.bits(stored_name(s, name), start, stop) if v is None and s is not None else v
+            for v, s in zip(there, readers, strict=True)
+        )
         return [m for m in models if m is not None], base
 
     def readers(self, name: str) -> list[Checkpoint | None]:

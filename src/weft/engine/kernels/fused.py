@@ -9,7 +9,7 @@ import numpy as np
 
 from weft.checkpoints.bits import Array, Bits
 from weft.checkpoints.dtypes import BF16, F32, F64, DType, round_to
-from weft.checkpoints.execution import TILE
+from weft.checkpoints.execution import TILE, execution
 from weft.engine.kernels.emit import SUMS, Body
 from weft.engine.kernels.generate import Source
 from weft.engine.kernels.work import Range, fusable, nonfinite
@@ -58,22 +58,26 @@ class Kernels:
         stat = bound.step.stat
         if type(stat) is not Select or stat.value is not None:
             return None
-        if any(node.grain(n) > 1 or node.info(n).numel > 1 << 32 for n in names):
+        if node.measured is not None or any(node.grain(n) > 1 or node.info(n).numel > 1 << 32 for n in names):
             return None
         numel = sum(node.info(n).numel for n in names)
         # tiles evenly spread over all tensors together
         every = max(TILE, numel // min(max(numel // TILE // 32, 8), 512))
-        counts, seen, begin = None, 0, 0
+        counts, seen, begin = np.zeros((0,)), 0, 0
+        # without steps before it, it does not matter where a value lies: tiles are counted together
+        together = max(1, execution().chunk // TILE) if j == 0 else 1
         for name in names:
             size = node.info(name).numel
-            for start in range(-begin % every // TILE * TILE, size, every // TILE * TILE):
-                part = self.partial(node, name, j, start, min(start + TILE, size), None, None)
-                if part is None:
-                    return None
-                counts = part if counts is None else np.add(counts, part, out=counts)
-                seen += min(TILE, size - start)
+            tiles = range(-begin % every // TILE * TILE, size, every // TILE * TILE)
+            cut = [(start, min(start + TILE, size)) for start in tiles]
             begin += size
-        return None if counts is None else _bracket(counts, stat, bound, seen, numel)
+            for i in range(0, len(cut), together):
+                work = Range.sampled(node, name, cut[i : i + together])
+                work.advance(j - fusable(tuple(reversed(node.pipeline(name).steps[:j]))))
+                part = _uppers(work, j)
+                counts = np.add(counts, part, out=counts) if seen else part
+                seen += len(work.stack[0])
+        return _bracket(counts, stat, bound, seen, numel) if seen else None
 
     def partial(
         self, node: Merge, name: str, j: int, start: int, stop: int, memo: Any, hint: Array | None
@@ -94,8 +98,10 @@ class Kernels:
             found = _sums(work, j, len(work.stack) * 2, lambda body: emit(body, bound.params, work.at))
         elif type(stat) is Gram:
             found = _gram(work, j)
+        elif memo is not None:
+            return _lowers(work, j, memo)
         else:
-            return _counts(work, j, memo, hint)
+            return _uppers(work, j) if hint is None else _counted(work, j, hint)
         if not np.isfinite(found).all():  # every value is in a sum, so each that is not finite shows
             work.refuse_nonfinite()
         return found
@@ -163,61 +169,57 @@ def _bracket(counts: Array, stat: Select, bound: Bound, seen: int, numel: int) -
     return np.stack([digits - 1 - low, digits - high], -1).clip(0, digits)
 
 
-def _counts(work: Range, upto: int, memo: Any, hint: Array | None) -> Array | Counted:
-    """Select.partial: counts [k, q, digits], with the keys that a second pass would count, given a hint."""
+def _keyed(work: Range, extra: Sequence[str], after: Sequence[str]) -> Callable[[Source], str]:
+    """A kernel that makes the keys of a block, `keys0` and so on, and does `after` with them."""
+
+    def finish(source: Source) -> str:
+        values, loads = source.body.values, None
+        if not source.body.lines and all(x.dtype.itemsize < 8 for x in work.stack):  # bare differences
+            loads = source.short_loads()
+            values = [f"f{i}" for i in range(len(work.stack))]
+        keys = [source.body.block(f"keys{i}", "uint32") for i in range(len(work.stack))]
+        lines = [
+            f"{key}[j] = np.float32(abs({v})).view(np.uint32)" for key, v in zip(keys, values, strict=True)
+        ]
+        return source.finish(extra, lines, after, loads)
+
+    return finish
+
+
+def _look(work: Range) -> tuple[Array, list[str]]:
+    """A first pass looks for NaN and infinity too: where it notes them, and how."""
     k = len(work.stack)
+    return np.zeros(k, np.int64), [f"odd[{i}] += unbounded(keys{i}, m)" for i in range(k)]
 
-    def finish(extra: Sequence[str], after: Sequence[str]) -> Callable[[Source], str]:
-        def finished(source: Source) -> str:
-            values, loads = source.body.values, None
-            if not source.body.lines and all(x.dtype.itemsize < 8 for x in work.stack):  # bare differences
-                loads = source.short_loads()
-                values = [f"f{i}" for i in range(k)]
-            keys = [source.body.block(f"keys{i}", "uint32") for i in range(k)]
-            lines = [
-                f"{key}[j] = np.float32(abs({v})).view(np.uint32)"
-                for key, v in zip(keys, values, strict=True)
-            ]
-            return source.finish(extra, lines, after, loads)
 
-        return finished
+def _uppers(work: Range, upto: int) -> Array:
+    """Select.partial's first round: counts of upper halves [k, 1, digits]."""
+    k, (odd, look) = len(work.stack), _look(work)
+    table = np.zeros((k, 1, 1 << 15), np.int32)  # a range is shorter than 2**31
+    after = look + [f"count_upper(keys{i}, m, out[{i}, 0])" for i in range(k)]
+    work.program("upper", upto, _keyed(work, ["out", "odd"], after)).run(work, table, odd)
+    if odd.any():
+        work.refuse_nonfinite()
+    return table
 
-    if memo is None:  # the first pass looks for NaN and infinity too
-        odd, look = np.zeros(k, np.int64), [f"odd[{i}] += unbounded(keys{i}, m)" for i in range(k)]
-        counts: Array | Counted
-        if hint is None:
-            table = np.zeros((k, 1, 1 << 15), np.int32)  # a range is shorter than 2**31
-            after = look + [f"count_upper(keys{i}, m, out[{i}, 0])" for i in range(k)]
-            work.program("upper", upto, finish(["out", "odd"], after)).run(work, table, odd)
-            counts = table
-        else:
-            counts = _counted(
-                work, upto, hint, lambda extra, after: finish([*extra, "odd"], look + after), odd
-            )
-        if odd.any():
-            work.refuse_nonfinite()
-        return counts
+
+def _lowers(work: Range, upto: int, memo: Any) -> Array:
+    """Its second: counts of lower halves below the prefixes found, [k, q, digits]."""
     prefix = memo["prefix"].astype(np.uint32)  # [k, q]
-    q = prefix.shape[1]
+    (k, q), every = prefix.shape, list(np.ndindex(prefix.shape))
     lower = np.zeros((k, q, 1 << 16), np.int64)
-    after = [f"count_lower(keys{i}, m, prefix[{i}, {c}], out[{i}, {c}])" for i in range(k) for c in range(q)]
-    work.program(("lower", q), upto, finish(["prefix", "out"], after)).run(work, prefix, lower)
+    after = [f"count_lower(keys{i}, m, prefix[{i}, {c}], out[{i}, {c}])" for i, c in every]
+    work.program(("lower", q), upto, _keyed(work, ["prefix", "out"], after)).run(work, prefix, lower)
     return lower
 
 
-def _counted(
-    work: Range,
-    upto: int,
-    hint: Array,
-    finish: Callable[[list[str], list[str]], Callable[[Source], str]],
-    *also: np.ndarray[Any, Any],
-) -> Counted:
-    """The summary of a range given where the wanted magnitudes are likely to be; `also` is passed on."""
-    k, q, _ = hint.shape
+def _counted(work: Range, upto: int, hint: Array) -> Counted:
+    """Both in one, given where the wanted magnitudes are likely to be."""
+    (k, q, _), (odd, look) = hint.shape, _look(work)
     few = int((hint[..., 1] - hint[..., 0]).max()) <= FEW_DIGITS
-    every = [(i, c) for i in range(k) for c in range(q)]
+    every = list(np.ndindex(k, q))
     rest, kept = np.empty((k, q, len(work.stack[0]) // 8 + 1), np.uint32), np.zeros((k, q), np.int64)
-    after = [
+    after = look + [
         f"kept[{i}, {c}] = keep_long(keys{i}, m, bracket[{i}, {c}], rest[{i}, {c}], kept[{i}, {c}])"
         for i, c in every
     ]
@@ -227,8 +229,11 @@ def _counted(
     else:
         out = np.zeros((k, 1, 1 + (1 << 15)), np.int32)
         after += [f"count_upper(keys{i}, m, out[{i}, 0, 1:])" for i in range(k)]
-    program = work.program(("counted", few, q), upto, finish(["bracket", "out", "rest", "kept"], after))
-    program.run(work, hint.astype(np.uint32), out, rest, kept, *also)
+    made = _keyed(work, ["bracket", "out", "rest", "kept", "odd"], after)
+    program = work.program(("counted", few, q), upto, made)
+    program.run(work, hint.astype(np.uint32), out, rest, kept, odd)
+    if odd.any():
+        work.refuse_nonfinite()
     first = hint[..., 0] if few else np.zeros((k, 1), np.int64)
     if kept.max() > rest.shape[-1]:
         return Counted(out, first, hint, None)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weft.checkpoints.bits import Array, Bits
+from weft.checkpoints.bits import Array, Bits, join
 from weft.checkpoints.dtypes import BF16, F32, F64
 from weft.engine.kernels.emit import BLOCK, EMITTERS
 from weft.engine.kernels.generate import Source
@@ -45,6 +45,15 @@ class Range:
             return None
         inputs, base = node.values(name, start, stop)
         return cls(node, name, replace(node.at(name), start=start), (start, stop), base, inputs)
+
+    @classmethod
+    def sampled(cls, node: Merge, name: str, cut: Sequence[tuple[int, int]]) -> Range:
+        """Several ranges as one that begins where the first does."""
+        read = [node.values(name, start, stop) for start, stop in cut]
+        stack = [join(pieces) for pieces in zip(*(models for models, _ in read), strict=True)]
+        base = [b for _, b in read if b is not None]
+        at = replace(node.at(name), start=cut[0][0])
+        return cls(node, name, at, cut[0], join(base) if base else None, stack)
 
     def refuse_nonfinite(self) -> None:
         """DataError if an input has NaN or infinite values, unless they are allowed."""
