@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, Literal
 
 from weft.checkpoints.base import Checkpoint
 from weft.checkpoints.dtypes import round_to
@@ -16,12 +13,18 @@ from weft.checkpoints.load import load
 from weft.engine.save import Saved
 from weft.engine.save import save as _save
 from weft.errors import DataProblems, UsageError
+from weft.late import Tensor, torch
 from weft.methods.merge import Merge, Mismatch, Missing
 from weft.methods.registry import METHODS, Method
 from weft.methods.step import At
 from weft.recipes.schedule import Schedule
 
-Model = Checkpoint | str | Path | nn.Module | Mapping[str, torch.Tensor]
+if TYPE_CHECKING:
+    from torch import nn
+
+    Model = Checkpoint | str | Path | nn.Module | Mapping[str, Tensor]
+else:
+    Model = Any  # to say it here would take torch
 
 __all__ = ["load", "materialize", "merge", "save"]
 
@@ -32,7 +35,7 @@ def merge(
     *,
     base: Model | None = None,
     seed: int = 0,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     missing: Missing = "error",
     mismatch: Mismatch = "error",
     nonfinite: Literal["error", "allow"] = "error",
@@ -46,12 +49,12 @@ def merge(
     Models and base: paths, Hub ids, URLs, modules, state dicts or checkpoints, merges included. `params` are
     the method's; a value may be a number, one number a model (for parameters like `weight`), a curve over
     the blocks, or a list of rules, as in a recipe. `dtype` is what to store the result in (the base's, or
-    first model's, by default); `compat="mergekit"` takes MergeKit's defaults and choices.
+    first model's, by default), torch's or by name; `compat="mergekit"` takes MergeKit's defaults and choices.
     Methods that need statistics of the models (`weft.measure`) take one checkpoint of them a model, in order.
 
     Raises UsageError for what cannot be meant and DataError where the tensors don't fit together.
     """
-    if isinstance(models, str | Path | nn.Module | Mapping | Checkpoint):
+    if isinstance(models, str | Path | Mapping | Checkpoint) or hasattr(models, "named_parameters"):
         raise UsageError("models must be a list, even for one model")
     made = method if isinstance(method, Method) else METHODS[method]
     sources = [load(m) for m in models]

@@ -7,10 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+
+import weft as w
 
 SHAPES = {"model.layers.0.w": (96, 64), "model.layers.1.w": (96, 64), "model.norm.weight": (64,)}
 RECIPES = {
@@ -80,3 +83,47 @@ def test_a_merge_of_files(name: str, text: str, folder: Path, tmp_path: Path) ->
 def test_looking_at_files(words: list[str], folder: Path) -> None:
     (folder / "recipe.yml").write_text("method: linear\nmodels: [./A, ./B]\n")
     assert weft(folder, *words)
+
+
+API = """
+import sys
+import weft
+merged = weft.merge(["./A", "./B"], "ties", base="./BASE", dtype="float32")
+weft.save(merged, sys.argv[1])
+assert "torch" not in sys.modules
+"""
+
+
+def test_in_python(folder: Path, tmp_path: Path) -> None:
+    env = dict(os.environ) | {"WEFT_KERNELS_FROM": "0"}
+    subprocess.run([sys.executable, "-c", API, str(tmp_path / "out")], env=env, cwd=folder, check=True)
+    made = load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"]
+    assert made.dtype == torch.float32 and made.shape == SHAPES["model.norm.weight"]
+
+
+def test_threads_that_torch_had_come_back(folder: Path, tmp_path: Path) -> None:
+    """torch comes in the midst of a save, on one thread, and has its own number of them again afterwards."""
+    code = """
+import sys
+import weft
+from weft import late
+made = weft.load("./A") * 0.5  # which torch computes
+seen = []
+def look(event):
+    if event["event"] == "tensor":
+        seen.append(late.torch.get_num_threads())
+weft.save(made, sys.argv[1], on_event=look)
+import torch
+assert set(seen) == {1} and torch.get_num_threads() == int(sys.argv[2]), (seen, torch.get_num_threads())
+"""
+    env = dict(os.environ) | {"OMP_NUM_THREADS": "2"}
+    words = [str(tmp_path / "out"), str(min(2, os.cpu_count() or 1))]
+    subprocess.run([sys.executable, "-c", code, *words], env=env, cwd=folder, check=True)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float23", torch.int64])
+def test_what_weights_cannot_be_stored_as(dtype: Any, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(w.UsageError, match="dtype"):
+        w.merge([folder / "A"], dtype=dtype)
+    with pytest.raises(w.UsageError, match="dtype"):
+        w.save(w.load(folder / "A"), tmp_path / "x", dtype=dtype)

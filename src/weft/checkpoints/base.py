@@ -36,7 +36,7 @@ class TensorInfo:
     kind: DType
     """The dtype as weft's own; to know it takes no torch."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype | DType) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype | DType | str) -> None:
         object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "kind", DType.of(dtype))
 

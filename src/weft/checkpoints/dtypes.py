@@ -32,10 +32,12 @@ class DType:
     """Whether it is a real floating dtype; integers, bools and complex numbers are carried, never averaged."""
 
     @staticmethod
-    def of(dtype: DType | _torch.dtype) -> DType:
-        """From torch's, or as it is."""
+    def of(dtype: DType | _torch.dtype | str) -> DType:
+        """From torch's, from what a user calls it, or as it is. Raises UsageError for an unknown name."""
         if isinstance(dtype, DType):
             return dtype
+        if isinstance(dtype, str):
+            return spelled(dtype)
         name = str(dtype).removeprefix("torch.")
         return _BY_NAME.get(name) or DType(name, dtype.itemsize, mergeable=dtype.is_floating_point)
 
@@ -100,17 +102,25 @@ def spelled(text: str) -> DType:
     return _SPELLINGS[key]
 
 
+def floating(dtype: DType | _torch.dtype | str) -> DType:
+    """What weights can be stored as. Raises UsageError for integers, bools and complex numbers."""
+    found = DType.of(dtype)
+    if not found.mergeable:
+        raise UsageError(f"cannot store weights as {dtype}: choose a floating dtype")
+    return found
+
+
 def parse_dtype(text: str) -> _torch.dtype:
     """`spelled`, as torch's dtype."""
     return spelled(text).torch
 
 
-def dtype_name(dtype: DType | _torch.dtype) -> str:
+def dtype_name(dtype: DType | _torch.dtype | str) -> str:
     """torch.bfloat16 → `"bfloat16"`."""
     return DType.of(dtype).name
 
 
-def is_mergeable(dtype: DType | _torch.dtype) -> bool:
+def is_mergeable(dtype: DType | _torch.dtype | str) -> bool:
     """True for the real floating dtypes; integers, bools and complex numbers are carried, never averaged."""
     return DType.of(dtype).mergeable
 

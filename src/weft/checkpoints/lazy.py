@@ -8,7 +8,7 @@ from typing import Any
 
 from weft.checkpoints.base import Asset, Checkpoint, TensorInfo
 from weft.checkpoints.bits import Bits
-from weft.checkpoints.dtypes import DType, is_mergeable, round_to
+from weft.checkpoints.dtypes import DType, floating, round_to
 from weft.errors import DataProblems, UsageError
 from weft.late import Tensor, torch
 
@@ -137,11 +137,9 @@ def _same_tensors(sources: Sequence[Checkpoint]) -> None:
 class Cast(Derived):
     """The floating tensors in another storage dtype; the values round once, when they are read."""
 
-    def __init__(self, source: Checkpoint, dtype: torch.dtype | DType) -> None:
+    def __init__(self, source: Checkpoint, dtype: torch.dtype | DType | str) -> None:
         super().__init__(source)
-        if not is_mergeable(dtype):
-            raise UsageError(f"cannot store weights as {dtype}: choose a floating dtype")
-        self.kind = DType.of(dtype)
+        self.kind = floating(dtype)
         self.origin = source.origin
         self._tensors = {
             n: TensorInfo(i.shape, dtype) if i.kind.mergeable else i for n, i in source.tensors.items()

@@ -71,7 +71,7 @@ def make_plan(
     threads: int,
     memory: int,
     device: str = "cpu",
-    dtype: torch.dtype | DType | None = None,
+    dtype: torch.dtype | DType | str | None = None,
     shard_bytes: int = 5 * 10**9,
     stem: str = "model",
     metadata: Mapping[str, str] | None = None,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from weft.checkpoints.base import Checkpoint
-from weft.checkpoints.dtypes import DType
+from weft.checkpoints.dtypes import DType, floating
 from weft.checkpoints.execution import Execution, executing, execution, map_here
 from weft.engine.budget import TIGHT, Budget, Frugal, default_memory, keep_freed, parse_size
 from weft.engine.card import README, model_card
@@ -56,7 +56,7 @@ class Settings:
     threads: int | None = None
     device: str = "cpu"
     shard_size: int | str = "5GB"
-    dtype: torch.dtype | DType | None = None
+    dtype: torch.dtype | DType | str | None = None
     overwrite: bool = False
     kernels: bool = True
     digests: bool = True
@@ -66,6 +66,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.executor not in ("local", "ray"):
             raise UsageError(f"there is no executor {self.executor!r}: use local or ray")
+        self.dtype = None if self.dtype is None else floating(self.dtype)
 
     def plan(self, checkpoint: Checkpoint, out: Path) -> Plan:
         """The plan for writing `checkpoint` to `out`."""
@@ -73,7 +74,7 @@ class Settings:
         if out.suffix == ".gguf":
             from weft.export.gguf import as_gguf  # a room below: what writes safetensors does not need it
 
-            made = as_gguf(checkpoint, None if self.dtype is None else DType.of(self.dtype).torch)
+            made = as_gguf(checkpoint, None if self.dtype is None else floating(self.dtype).torch)
             checkpoint, layout = made, made.layout(out.name)
         elif hasattr(checkpoint, "layout"):
             raise UsageError(f"{out} does not end in .gguf, but {checkpoint.origin} is GGUF: name it so")
@@ -102,8 +103,8 @@ def save(
     """Write a checkpoint as safetensors: a folder, or one file if `out` ends in .safetensors.
 
     Keywords (see `Settings`): `memory` bounds what is held at once (bytes or "2GiB"), `threads`, `device`,
-    `shard_size`, `dtype` (storage dtype of floating tensors), `overwrite`, `digests` (sha256 of inputs and
-    outputs in the manifest), `executor` ("local" or "ray"), `on_event`.
+    `shard_size`, `dtype` (storage dtype of floating tensors, torch's or by name), `overwrite`, `digests` (sha256 of
+    inputs and outputs in the manifest), `executor` ("local" or "ray"), `on_event`.
 
     The output has its final name only when it is whole. An interrupted call leaves a hidden folder beside
     it, from which the same call goes on. Raises UsageError and DataError; inputs are never written to.
