@@ -6,6 +6,7 @@
     python benchmarks/alignment.py many [--data mnist] [--width 256] [--models 3] [--groups 5]
     python benchmarks/alignment.py repair [--data cifar10_jpeg,gtsrb] [--nets vgg,vgg-plain,resnet20 or lenet]
     python benchmarks/alignment.py fusion [--width 256] [--other 400] [--pairs 3]
+    python benchmarks/alignment.py order [--nets resnet20,llama,gpt2,bert] [--pairs 4] [--seeds 5]
 
 `barriers` trains pairs of networks (two or three hidden layers, ReLU, AdamW with weight decay 0.5, one cycle, from
 two seeds each) on the images of WEFT_DATA, and prints the barrier of the loss and of the error rate on the test
@@ -15,7 +16,8 @@ of TinyLlama's shape on disk, against itself in another order with noise (2.2 GB
 process's CPU time, its peak memory, and how much of that is its own rather than mapped files. `zip`
 makes one trunk of two networks that know other labels, `fusion` one network of two of other widths (zips.py);
 `many` brings three or more into one order and averages them (many.py);
-`repair` matches and repairs convolutional networks (repaired.py).
+`repair` matches and repairs convolutional networks (repaired.py); `order` compares orders in which groups are
+visited (orders.py).
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from torch import Tensor, nn
 
 import weft
 from many import many
+from orders import orders
 from repaired import repaired
 from weft.analysis.barrier import barrier
 from weft.analysis.network import Network
@@ -288,6 +291,11 @@ def main() -> None:
     mended.add_argument("--width", type=int, default=32)
     mended.add_argument("--pairs", type=int, default=1)
     mended.add_argument("--epochs", type=int, default=8)
+    visits = ways.add_parser("order")
+    visits.set_defaults(run=orders)
+    visits.add_argument("--nets", default="resnet20,llama,gpt2,bert")
+    visits.add_argument("--pairs", type=int, default=4)
+    visits.add_argument("--seeds", type=int, default=5)
     for one, width in ((zips, 512), (fusion, 256), (several, 256)):
         one.add_argument("--data", default="mnist")
         one.add_argument("--width", type=int, default=width)
@@ -296,7 +304,7 @@ def main() -> None:
             one.add_argument("--pairs", type=int, default=3)
         one.add_argument("--epochs", type=int, default=5)
         one.add_argument("--decay", type=float, default=0.5)
-    for one in (of, fast, zips, fusion, several, mended):
+    for one in (of, fast, zips, fusion, several, mended, visits):
         one.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows = options.run(options)

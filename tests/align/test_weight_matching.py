@@ -94,6 +94,23 @@ def test_the_seed_decides_and_more_tries_are_never_worse() -> None:
     assert agreement(spec, a, b, weight_matching(spec, a, b, seed=4, tries=5)) >= one
 
 
+def test_the_group_in_the_most_tensors_is_visited_first() -> None:
+    """By the first try; the second draws its order anew, so that more tries look elsewhere."""
+    a, b = made("encoder"), shaken(KINDS["encoder"].make().double(), 7)
+    spec = discover(a, KINDS["encoder"].inputs)
+    visits: list[tuple[int, str]] = []
+    for seed in range(4):
+        weight_matching(
+            spec, a, b, seed=seed, tries=2, sweeps=1, progress=lambda i, g, _: visits.append((i, g))
+        )
+    uses = {g: len({name for name, _ in spec.uses(g)}) for _, g in visits}
+    assert max(uses.values()) > 2 * min(uses.values())
+    n = len(uses)
+    runs = [[uses[g] for _, g in visits[k : k + n]] for k in range(0, len(visits), n)]
+    assert len(runs) == 8 and all(run == sorted(run, reverse=True) for run in runs[::2])
+    assert any(run != sorted(run, reverse=True) for run in runs[1::2])
+
+
 def test_an_aligned_model_is_a_lazy_checkpoint_that_computes_the_same(tmp_path: Path) -> None:
     a, b = made("resnet"), KINDS["resnet"].make().double().eval()
     aligned = weft.align(b, to=a, example_inputs=IMAGE)

@@ -37,10 +37,11 @@ def weight_matching(
 ) -> dict[str, Tensor]:  # fmt: skip
     """Permutations π of `b` with Σ ⟨A, πB⟩ at a maximum that no single group can raise.
 
-    `a`, `b`: anything `weft.load` takes. Groups are visited in an order drawn from `seed`, until a whole sweep
-    raises nothing or `sweeps` are done; of `tries` orders the one that ends highest counts. It begins with
-    `start`, or with b as it is. Tensors are read one after the other, so that two models larger than `memory`
-    (a quarter of RAM by default) can be matched; `ignore`: patterns of tensors that do not count.
+    `a`, `b`: anything `weft.load` takes. Groups are visited until a whole sweep raises nothing or `sweeps` are
+    done, those in the most tensors (a residual stream) first, equal ones in an order drawn from `seed`. Further
+    `tries` draw the whole order, and the one that ends highest counts. It begins with `start`, or with b as it is.
+    Tensors are read one after the other, so that two models larger than `memory` (a quarter of RAM by default) can
+    be matched; `ignore`: patterns of tensors that do not count.
 
     Raises DataProblems where no permutation relates the models, DataError for weights that are not finite.
     """
@@ -53,7 +54,8 @@ def weight_matching(
     best: tuple[float, dict[str, Tensor]] | None = None
     for attempt in range(tries):
         found = spec.identity() if start is None else spec.complete(start)
-        ascent.climb(found, torch.Generator().manual_seed(seed + attempt), sweeps, progress)
+        drawn = torch.Generator().manual_seed(seed + attempt)
+        ascent.climb(found, drawn, sweeps, progress, widest_first=attempt == 0)
         reached = ascent.value(found) if tries > 1 else 0.0
         if best is None or reached > best[0]:
             best = reached, found
@@ -142,14 +144,20 @@ class Ascent:
 
     def climb(
         self, at: dict[str, Tensor], generator: torch.Generator | None = None, sweeps: int = 100,
-        progress: Progress | None = None,
+        progress: Progress | None = None, widest_first: bool = False,
     ) -> None:  # fmt: skip
-        """Raise the objective in place until no group can. Without a generator, in the groups' order."""
+        """Raise the objective in place until no group can. Without a generator, in the groups' order.
+
+        `widest_first`: no group comes after one in fewer tensors. What most others are scored by is settled before
+        they are, so they are visited less often.
+        """
         settled: set[str] = set()  # nothing that they are scored by has moved since
         for sweep in range(sweeps):
-            order = range(len(self.roots))
+            order = list(range(len(self.roots)))
             if generator is not None:
-                order = torch.randperm(len(self.roots), generator=generator).tolist()  # type: ignore[assignment]
+                order = torch.randperm(len(self.roots), generator=generator).tolist()
+            if widest_first:
+                order.sort(key=lambda i: -len(self.uses[self.roots[i]]))
             for root in (self.roots[i] for i in order):
                 if root in settled:
                     continue
