@@ -36,9 +36,9 @@ class TensorInfo:
     kind: DType
     """The dtype as weft's own; to know it takes no torch."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype | DType | str) -> None:
+    def __init__(self, shape: tuple[int, ...], kind: torch.dtype | DType | str) -> None:
         object.__setattr__(self, "shape", shape)
-        object.__setattr__(self, "kind", DType.of(dtype))
+        object.__setattr__(self, "kind", DType.of(kind))
 
     @property
     def dtype(self) -> torch.dtype:
