@@ -159,6 +159,8 @@ def test_any_model_is_evaluated_and_a_routed_one_tells_where_inputs_went(folder:
         ("no labels", ("a", *net, "--data", "routetask:inputs")),
         ("did you mean 'mse'", ("a", *data, "--loss", "msee")),
         ("TASK=FILE", ("a", *net, "--texts", "routetask.py")),
+        ("base's tokenizer", ("oracle", *net, "--texts", "a=routetask.py")),
+        ("must give a torch module, not a dict", ("a", *data[:2], "--module", "routetask:inputs")),
         ("numbers, one a task", ("a", *data, "--preference", "x")),
         ("is not", ("a", *data, "--preference", "1,2")),
     ):  # fmt: skip

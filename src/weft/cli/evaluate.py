@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -69,6 +70,8 @@ def evaluate(
     given: Any = imported(data)() if data is not None else None
     if texts:
         files = pairs(texts, "--texts is TASK=FILE")
+        if base is None and (Path(model) / "weft_routing.json").is_file():
+            raise UsageError("texts of a routed model are cut by its base's tokenizer: give --base MODEL")
         given = texts_of(weft.load(base or model), files, length, batch, labels=True)
     of: Any = loss or ("next_token" if texts else "cross_entropy")
     found = weft.evaluate(

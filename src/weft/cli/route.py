@@ -204,11 +204,16 @@ def _shared(text: str) -> Any:
 
 
 def network(source: Any, module: str | None) -> nn.Module:
-    """The network that PKG:FN makes, else the model of transformers."""
+    """The network that PKG:FN makes, else the model of transformers. UsageError where it makes none."""
+    from torch import nn
+
+    from weft.errors import UsageError
     from weft.llm.hf import to_transformers
     from weft.search.objective import imported
 
-    made: nn.Module = to_transformers(source) if module is None else imported(module)()
+    made = to_transformers(source) if module is None else imported(module)()
+    if not isinstance(made, nn.Module):
+        raise UsageError(f"--module {module} must give a torch module, not a {type(made).__name__}")
     return made
 
 
