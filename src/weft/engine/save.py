@@ -274,6 +274,7 @@ class Writing:
                 self.files.write(name, start, plan.checkpoint.bits(name, start, stop, dtype=info.kind))
 
         pool.map(one, cut)
+        self.files.settle(name, info.nbytes)
         self.on_event(
             {
                 "event": "tensor",
