@@ -70,8 +70,14 @@ revisions = st.none() | words.filter(lambda r: not r.startswith("@"))
 @given(words, revisions, st.none() | st.builds(Ref, words, revisions))
 def test_round_trip(path, revision, lora):
     # an @ behind a bare host would be its user's: a URL that names a model goes on behind the host
-    assume(not any(re.search("[a-z]://[^/]*$", p) for p in ("q" + path, lora.path if lora else "")))
-    ref = Ref(path, revision, lora)
-    text = str(ref)
-    if not path.startswith(("/", ".", "+")):
-        assert parse_ref("q" + text) == Ref("q" + path, revision, ref.lora)
+    assume(not any(re.search("[a-z+.]://[^/]*$", p) for p in ("q" + path, lora.path if lora else "")))
+    ref = Ref("q" + path, revision, lora)
+    assert parse_ref(str(ref)) == ref
+
+
+def test_an_adapter_may_lie_at_a_url():
+    url = Ref("git+ssh://me@host/x", "v1")
+    assert parse_ref("org/model+git+ssh://me@host/x@v1") == Ref("org/model", None, url)
+    assert parse_ref("git+ssh://me@host/x@v1") == url
+    # what could be read as one URL is written so that it is not
+    assert parse_ref(str(Ref("git", None, Ref("ssh://host/x")))) == Ref("./git", None, Ref("ssh://host/x"))

@@ -42,6 +42,10 @@ class Ref:
             # "a+++b" could be read both ways; "./" says which
             lora = Ref("./" + self.lora.path, self.lora.revision, self.lora.lora)
             object.__setattr__(self, "lora", lora)
+        if self.lora is not None and self.revision is None:
+            together = _URL.match(f"{self.path}+{self.lora.path}")
+            if together and not _URL.match(self.path):  # "git" with "ssh://host" is not git+ssh://host
+                object.__setattr__(self, "path", "./" + self.path)
 
     @property
     def kind(self) -> Kind:
@@ -53,9 +57,9 @@ class Ref:
         return Kind.LOCAL
 
     def __str__(self) -> str:
-        text = _escape(self.path)
+        text = _escape(self.path, _literal(self.path))
         if self.revision is not None:
-            text += "@" + _escape(self.revision)
+            text += "@" + _escape(self.revision, 0)
         if self.lora is not None:
             text += f"+{self.lora}"
         return text
@@ -101,16 +105,17 @@ def _split(text: str, mark: str) -> list[str]:
             parts[-1] += mark
             i += 2
         elif text[i] == mark:
-            parts.append("")
-            i += 1
+            # an adapter may be a URL, too; a revision is none
+            plain = _literal(text[i + 1 :]) if mark == "+" else 0
+            parts.append(text[i + 1 : i + 1 + plain])
+            i += 1 + plain
         else:
             parts[-1] += text[i]
             i += 1
     return parts
 
 
-def _escape(text: str) -> str:
-    plain = _literal(text)
+def _escape(text: str, plain: int) -> str:
     return text[:plain] + text[plain:].replace("@", "@@").replace("+", "++")
 
 

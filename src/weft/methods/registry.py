@@ -188,6 +188,12 @@ class Registry(Mapping[str, Method]):
             hint = did_you_mean(name, [*known, *self._aliases])
             raise UsageError(f"there is no method {name!r}{hint}") from None
 
+    def get(self, name: str, default: Any = None) -> Any:
+        try:
+            return self[name]
+        except UsageError:  # which is no KeyError
+            return default
+
     def __contains__(self, name: object) -> bool:
         return name in self._load() or name in self._aliases
 
