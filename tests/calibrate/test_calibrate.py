@@ -371,7 +371,7 @@ def test_errors_say_what_to_do() -> None:
         ("has no BatchNorm", UsageError, lambda: weft.calibrate(plain, [x], "batchnorm")),
         ("sequential or joint", UsageError, lambda: weft.calibrate(net, [x], "batchnorm", schedule="other")),
         ("hold no examples", DataError, lambda: weft.calibrate(net, [], "batchnorm")),
-        ("iterable of batches", UsageError, lambda: weft.calibrate(net, x, "batchnorm")),
+        ("iterable of batches", UsageError, lambda: weft.calibrate(net, 3, "batchnorm")),
         ("NaN or infinite", DataError, lambda: weft.calibrate(net, [x * torch.nan], "batchnorm")),
         ("NaN or infinite", DataError, lambda: weft.calibrate(net, [x * torch.nan], "batchnorm", schedule="joint")),
         ("must be a list", UsageError, lambda: weft.calibrate(net, [x], "repair", parents=net)),

@@ -316,12 +316,23 @@ def test_what_cannot_be_measured_is_told():
     assert "gram/idle.weight" not in found
 
 
+def test_data_that_come_whole_are_cut():
+    """Tensors, inputs with labels, keywords; a tuple of tensors that are alike holds batches, as split gives."""
+    net, x = nn.Linear(3, 2).double(), torch.randn(600, 3, dtype=torch.float64, generator=seeded())
+    wanted = values(net, list(x.split(7)), "gram", samples=500)["gram/weight"]
+    close(wanted, gram(x[:500]), 1e-12)
+    for data in (x, (x, torch.zeros(600, dtype=torch.int64)), {"input": x}, x.split(200), x.split(7)):
+        close(values(net, data, "gram", samples=500)["gram/weight"], wanted, 1e-12)
+
+
 def test_bad_input():
     net, x = nn.Linear(3, 2), torch.randn(4, 3)
     with pytest.raises(UsageError, match="no statistic 'grams'; did you mean 'gram'"):
         measure(net, [x], "grams")
-    with pytest.raises(UsageError, match="iterable of batches, not a Tensor"):
-        measure(net, x, "gram")
+    with pytest.raises(UsageError, match="iterable of batches, such as a DataLoader, not a int"):
+        measure(net, 3, "gram")
+    with pytest.raises(UsageError, match=r"different lengths: \[3, 4\]"):
+        measure(net, (x, torch.zeros(3, dtype=torch.int64)), "gram")
     with pytest.raises(UsageError, match="samples must be at least 1"):
         measure(net, [x], "gram", samples=0)
     with pytest.raises(UsageError, match="no parameter is called nothing"):

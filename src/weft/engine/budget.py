@@ -66,7 +66,7 @@ def keep_freed() -> None:
 
 
 def _glibc() -> Any:
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # Windows takes no None
         libc = ctypes.CDLL(None)
         if hasattr(libc, "gnu_get_libc_version"):
             return libc

@@ -190,7 +190,7 @@ _SYNC_FILE_RANGE_WRITE = 2
 @cache
 def _sync_file_range() -> Any:
     """Linux's call of that name, which Python lacks; None elsewhere."""
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # Windows takes no None
         call = ctypes.CDLL(None).sync_file_range
         call.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
         return call

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from weft.errors import DataError, Problems, UsageError, did_you_mean
-from weft.statistics.batches import Batch, as_batch
+from weft.statistics.batches import Batch, as_batch, rows_of, taken
 
 Data = Tensor | tuple[Any, ...] | Mapping[str, Any] | Iterable[Any] | Callable[[torch.Generator], Any]
 
@@ -29,7 +29,7 @@ class Feed:
         if size < 1:
             raise UsageError(f"batch must be 1 or more, not {size}")
         self.data, self.size, self.seed, self.device = data, size, seed, device
-        self.rows = _rows(data)
+        self.rows = rows_of(data)
         if self.rows == 0:
             raise DataError("the data hold no examples")
         if self.rows is None and not callable(data) and not isinstance(data, Iterable):
@@ -51,7 +51,7 @@ class Feed:
         if self.rows is not None:
             for start in range(0, self.rows, max(self.size, 256)):
                 index = torch.arange(start, min(start + max(self.size, 256), self.rows))
-                yield self._batch(_take(self.data, index))
+                yield self._batch(taken(self.data, index))
         elif isinstance(self.data, Iterable):
             count = 0
             for count, raw in enumerate(self.data, 1):  # noqa: B007
@@ -64,7 +64,7 @@ class Feed:
     def _pass(self, generator: torch.Generator) -> Iterator[Any]:
         if self.rows is not None:
             order = torch.randperm(self.rows, generator=generator)
-            yield from (_take(self.data, index) for index in torch.split(order, self.size))
+            yield from (taken(self.data, index) for index in torch.split(order, self.size))
         elif isinstance(self.data, Iterable):
             yield from self.data
         else:
@@ -78,30 +78,6 @@ class Feed:
             if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
                 raise DataError("the inputs have NaN or infinite values")
         return batch
-
-
-def _rows(data: Any) -> int | None:
-    """The common length of tensors; None for data of another kind."""
-    if isinstance(data, Tensor):
-        parts: list[Any] = [data]
-    elif isinstance(data, Mapping):
-        parts = list(data.values())
-    elif isinstance(data, tuple):
-        parts = list(data)
-    else:
-        return None
-    if not parts or not all(isinstance(p, Tensor) and p.ndim for p in parts):
-        return None
-    lengths = sorted({len(p) for p in parts})
-    if len(lengths) != 1:
-        raise UsageError(f"the tensors of data have different lengths: {lengths}")
-    return lengths[0]
-
-
-def _take(data: Any, index: Tensor) -> Any:
-    if isinstance(data, Mapping):
-        return {k: v[index] for k, v in data.items()}
-    return tuple(v[index] for v in data) if isinstance(data, tuple) else data[index]
 
 
 def feeds(

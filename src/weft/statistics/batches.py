@@ -2,7 +2,8 @@
 
 A batch is a tensor (the inputs), a tuple whose last entry are the labels, or a mapping of keyword arguments
 (`labels` set apart; `attention_mask` says which tokens count), as data loaders of torch and transformers give
-them.
+them. Data are an iterable of batches, such as a loader or a list, or what one batch could be with all of the
+examples in it, which is cut here.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from weft.errors import DataError, UsageError
 Data = Iterable[Any]
 Forward = Callable[[nn.Module, Any], Any]
 MASKS = ("attention_mask", "decoder_attention_mask")
+CUT = 256
+"""Examples of a batch that is cut from data that come whole."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,17 @@ class Batch:
 
 def batches(data: Data, device: torch.device, limit: int | None = None) -> Iterator[Batch]:
     """The batches of `data`, on the device, up to `limit` examples."""
-    if isinstance(data, Tensor | str | bytes) or not isinstance(data, Iterable):
+    count = None if _are_batches(data) else rows_of(data)
+    if count is not None:
+        return _limited((taken(data, slice(at, at + CUT)) for at in range(0, count, CUT)), device, limit)
+    if isinstance(data, str | bytes) or not isinstance(data, Iterable):
         raise UsageError(
-            f"data must be an iterable of batches, not a {type(data).__name__}: a DataLoader, or [batch] for one"
+            f"data must be tensors or an iterable of batches, such as a DataLoader, not a {type(data).__name__}"
         )
+    return _limited(data, device, limit)
+
+
+def _limited(data: Data, device: torch.device, limit: int | None) -> Iterator[Batch]:
     left = limit
     for raw in data:
         if left == 0:
@@ -75,6 +85,41 @@ def batches(data: Data, device: torch.device, limit: int | None = None) -> Itera
         left = None if left is None else left - batch.size
         if batch.size:
             yield batch
+
+
+def _are_batches(data: Any) -> bool:
+    """Whether a tuple of tensors is one of batches, which are alike (as from `split`); inputs and labels aren't."""
+    if not isinstance(data, tuple) or not all(isinstance(p, Tensor) and p.ndim for p in data):
+        return False
+    return len({(p.dtype, p.shape[1:]) for p in data}) == 1
+
+
+def rows_of(data: Any) -> int | None:
+    """How many examples there are in data that come whole: a tensor, a tuple or a mapping of tensors; else None.
+
+    UsageError where the lengths differ.
+    """
+    if isinstance(data, Tensor):
+        parts: list[Any] = [data]
+    elif isinstance(data, Mapping):
+        parts = list(data.values())
+    elif isinstance(data, tuple):
+        parts = list(data)
+    else:
+        return None
+    if not parts or not all(isinstance(p, Tensor) and p.ndim for p in parts):
+        return None
+    lengths = sorted({len(p) for p in parts})
+    if len(lengths) != 1:
+        raise UsageError(f"the tensors of data have different lengths: {lengths}")
+    return lengths[0]
+
+
+def taken(data: Any, index: Tensor | slice) -> Any:
+    """Some examples of such data, in the same form."""
+    if isinstance(data, Mapping):
+        return {k: v[index] for k, v in data.items()}
+    return tuple(v[index] for v in data) if isinstance(data, tuple) else data[index]
 
 
 def as_batch(raw: Any) -> Batch:

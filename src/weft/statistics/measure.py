@@ -62,13 +62,14 @@ def measure(
     """Statistics of a model on data: a checkpoint to save, and to give to `weft.merge(…, statistics=[…])`.
 
     `model` is a module, or a checkpoint or path: of a transformers model, or one that fits `module`, which takes
-    its values. `data` is an iterable of batches: tensors, tuples that end with labels, or mappings (`labels` and
-    `attention_mask` are understood); it is gone through once a pass, so give a list or a loader, no generator,
-    where several passes are needed. `samples` bounds the number of examples. `labels` says for which labels Fisher
-    information is taken (labels.py); `loss(outputs, batch)`, one number an example, replaces the cross-entropy
-    with the given labels; `forward(model, batch)` replaces the call. `only` selects parameters by pattern; `units`
-    groups rows into heads for "node". Values are stored as `dtype`; sums are float64. `by_block` measures a
-    checkpoint larger than memory one block at a time, without gradients (blockwise.py).
+    its values. `data` is an iterable of batches: tensors, tuples that end with labels, or mappings (`labels`
+    and `attention_mask` are understood), or all examples as one of these; it is gone through once a pass, so
+    give a list or a loader, no generator, where several passes are needed. `samples` bounds the number of
+    examples. `labels` says for which labels Fisher information is taken (labels.py); `loss(outputs, batch)`,
+    one number an example, replaces the cross-entropy with the given labels; `forward(model, batch)` replaces
+    the call. `only` selects parameters by pattern; `units` groups rows into heads for "node". Values are stored
+    as `dtype`; sums are float64. `by_block` measures a checkpoint larger than memory one block at a time,
+    without gradients (blockwise.py).
 
     The model is measured in evaluation mode and left as it was. Raises UsageError for kinds, labels or data that
     make no sense, DataError naming the layer where something is not finite. What could not be measured (layers
