@@ -32,6 +32,8 @@ RECIPES = {
     "slices": "merge_method: passthrough\nslices:\n"
     "- sources: [{model: ./A, layer_range: [0, 1]}]\n- sources: [{model: ./B, layer_range: [0, 2]}]",
     "other dtype": "method: linear\nmodels: [./A, ./B]\ndtype: float32",
+    "float16": "method: ties\nbase: ./BASE16\nmodels: [./A16, ./B16]",
+    "bfloat16 to float16": "method: linear\nmodels: [./A, ./B]\ndtype: float16",
 }
 RUN = """
 import json, sys
@@ -48,10 +50,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("models")
     g = torch.Generator().manual_seed(0)
     base = {n: torch.randn(s, generator=g) * 0.02 for n, s in SHAPES.items()}
-    for name, amount in (("BASE", 0.0), ("A", 0.01), ("B", 0.01)):
+    of = {"BASE": 0.0, "A": 0.01, "B": 0.01, "BASE16": 0.0, "A16": 0.01, "B16": 0.01}
+    for name, amount in of.items():
         where = made / name
         where.mkdir()
-        values = {n: (t + amount * torch.randn(t.shape, generator=g)).bfloat16() for n, t in base.items()}
+        dtype = torch.float16 if name.endswith("16") else torch.bfloat16
+        values = {n: (t + amount * torch.randn(t.shape, generator=g)).to(dtype) for n, t in base.items()}
         save_file(values | {"steps": torch.tensor([7])}, where / "model.safetensors")
         (where / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 2}))
     return made

@@ -125,6 +125,39 @@ def test_rounding_is_to_nearest_even_once() -> None:
     assert fused[0] == 1.0078125  # a hair above the tie goes up, not to even
 
 
+HALF = """\
+import numpy as np
+from weft.engine.kernels.primitives import short_f16, to_f16
+
+
+def kernel(bits, floats, exact, rounded):
+    for i in range(bits.shape[0]):
+        floats[i] = short_f16(bits[i])
+    for i in range(exact.shape[0]):
+        rounded[i] = to_f16(exact[i])
+"""
+
+
+def test_every_float16() -> None:
+    """Each is read as numpy reads it; each, the middle between two and what lies beside it is rounded once."""
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    meant = bits.view(np.float16).astype(np.float32)
+    finite = np.sort(meant[np.isfinite(meant)].astype(np.float64))
+    middle = (finite[1:] + finite[:-1]) / 2
+    beside = [np.nextafter(middle, np.inf), np.nextafter(middle, -np.inf)]
+    ends = np.array([65519.99, 65520.0, 1e300, -np.inf, np.inf, -0.0, 2.0**-25, 2.0**-25 * 1.0001, 5e-324])
+    exact = np.concatenate([finite, middle, *beside, ends, -ends])
+    floats, rounded = np.empty(1 << 16, np.float32), np.empty(len(exact), np.uint16)
+    Kernel(HALF)(bits, floats, exact, rounded)
+    number = ~np.isnan(meant)
+    assert (floats.view(np.uint32)[number] == meant.view(np.uint32)[number]).all()
+    assert np.isnan(floats[~number]).all()
+    with np.errstate(over="ignore"):
+        assert (rounded == exact.astype(np.float16).view(np.uint16)).all()
+    Kernel(HALF)(bits[:0], floats[:0], np.array([np.nan]), rounded[:1])
+    assert np.isnan(rounded[:1].view(np.float16))[0]
+
+
 def test_many_ranges_equal_one() -> None:
     base, tuned = models(torch.bfloat16)
     node = {c: Merge(tuned, base=base, method=METHODS["della"], params={"density": 0.5}) for c in (1, 64)}

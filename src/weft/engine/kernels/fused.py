@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from weft.checkpoints.bits import Array, Bits
-from weft.checkpoints.dtypes import BF16, F32, F64, DType, round_to
+from weft.checkpoints.dtypes import F32, F64, DType, round_to
 from weft.checkpoints.execution import TILE, execution
 from weft.engine.kernels.emit import SUMS, Body
-from weft.engine.kernels.generate import Source
-from weft.engine.kernels.work import Range, fusable, nonfinite
+from weft.engine.kernels.generate import RAW, Source
+from weft.engine.kernels.work import Range, array_of, fusable, nonfinite
 from weft.methods.counting import Counted, reach
 from weft.methods.stats import Gram, Select, Sums, pairs
 from weft.methods.step import Bound
@@ -24,7 +24,7 @@ TRANSPARENT = ("weighted_sum", "scaled")
 """Steps whose result is not finite where an entry of any model isn't: even a weight of zero makes it NaN."""
 FEW_DIGITS = 5
 """Up to so many upper halves are counted by comparing; more by a table."""
-_STORED = (BF16, F32, F64)
+_STORED = (*RAW, F32, F64)
 """Dtypes a kernel writes itself."""
 
 
@@ -109,19 +109,19 @@ class Kernels:
 
 def _apply(work: Range, upto: int, out: Bits) -> None:
     """Do the steps and round the result into `out`, plus the base where there is one."""
-    raw = out.dtype == BF16
+    raw = RAW.get(out.dtype, "")
 
     def finish(source: Source) -> str:
         value = source.body.values[0]
         if work.base is not None:
             if work.lifted:  # the differences were formed before; the base comes in again here
-                source.add_base(work.base.dtype == BF16)
+                source.add_base(RAW.get(work.base.dtype, ""))
             value = f"base + {value}"
         source.sliced.append("out")
-        return source.finish(["out"], [f"out_[j] = to_bf16({value})" if raw else f"out_[j] = {value}"])
+        return source.finish(["out"], [f"out_[j] = to_{raw}({value})" if raw else f"out_[j] = {value}"])
 
     program = work.program(("apply", raw, work.base is None), upto, finish)
-    program.run(work, out.array)
+    program.run(work, array_of(out))
 
 
 def _gram(work: Range, upto: int) -> Array:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from weft.checkpoints.dtypes import BF16, F16
 from weft.engine.kernels.emit import Body
 
 _HEAD = """\
 import numpy as np
 from weft.engine.kernels.primitives import (
-    bits, count_lower, count_upper, dot, from_bf16, keep_long, magnitude, short_bf16, tally, to_bf16, total,
-    u32, unbounded,
+    bits, count_lower, count_upper, dot, from_bf16, from_f16, keep_long, magnitude, short_bf16, short_f16, tally,
+    to_bf16, to_f16, total, u32, unbounded,
 )
 from weft.engine.kernels.rows import thin_row
 
@@ -18,14 +19,16 @@ from weft.engine.kernels.rows import thin_row
 def kernel({arguments}, p, q, low, block):
 {hoisted}    n = {first}.shape[0]
 """
+RAW = {BF16: "bf16", F16: "f16"}
+"""Dtypes that kernels read and write as their bits, in uint16."""
 _LOOP = "        for j in range(m):\n"
 
 
 class Source:
     """One kernel: inputs (raw or float), what is done to a value, and the loop over blocks around it."""
 
-    def __init__(self, raw: Sequence[bool], base: bool | None) -> None:
-        """`raw[i]`: whether input i is raw bf16; `base`: the same of the base, None without one."""
+    def __init__(self, raw: Sequence[str], base: str | None) -> None:
+        """`raw[i]`: what input i holds the bits of, "" for floats; `base`: the same of the base, if there is."""
         self.raw, self.base = list(raw), base
         self.arguments = [f"x{i}" for i in range(len(raw))]
         self.sliced: list[str] = []
@@ -37,7 +40,7 @@ class Source:
         self.loads += [f"d{i} = {_load(f'x{i}', is_raw)}{minus}" for i, is_raw in enumerate(raw)]
         self.body = Body([f"d{i}" for i in range(len(raw))])
 
-    def add_base(self, raw: bool) -> None:
+    def add_base(self, raw: str) -> None:
         """Load the base's value as `base`."""
         self.arguments.append("b")
         self.loads.append(f"base = {_load('b', raw)}")
@@ -82,9 +85,9 @@ class Source:
         return text + _LOOP + _indent(lines, 12) + _indent(after, 8)
 
 
-def _load(array: str, raw: bool, short: bool = False) -> str:
+def _load(array: str, raw: str, short: bool = False) -> str:
     if raw:
-        return f"{'short' if short else 'from'}_bf16({array}_[j])"
+        return f"{'short' if short else 'from'}_{raw}({array}_[j])"
     return f"np.float{32 if short else 64}({array}_[j])"
 
 

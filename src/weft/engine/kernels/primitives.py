@@ -66,6 +66,50 @@ def to_bf16(exact: Any) -> Any:
     return np.uint16(0x7FC0) if exact != exact else short
 
 
+@njit(inline="always", **OPTIONS)
+def short_f16(x: Any) -> Any:
+    """Raw float16 → float32: its bits in a float32's places, times 2^112 for the exponents' difference."""
+    size = u32(u32(x) & u32(0x7FFF))
+    sign = u32(u32(u32(x) & u32(0x8000)) << u32(16))
+    moved = u32(size << u32(13))
+    value = np.float32(moved.view(np.float32) * np.float32(2.0**112)).view(np.uint32)
+    value = u32(u32(moved | u32(0x7F800000)) if size >= u32(0x7C00) else value)
+    return u32(value | sign).view(np.float32)
+
+
+@njit(inline="always", **OPTIONS)
+def from_f16(x: Any) -> Any:
+    """Raw float16 → float64."""
+    return np.float64(short_f16(x))
+
+
+@njit(inline="always", **OPTIONS)
+def to_f16(exact: Any) -> Any:
+    """A float64 rounded once, to nearest even, to raw float16."""
+    size = abs(exact)
+    word = np.float64(size).view(np.uint64)
+    # of normal numbers 42 of the 52 bits behind the point go, and the exponent loses 1008
+    even = np.uint64((word >> np.uint64(42)) & np.uint64(1))
+    kept = np.uint64((word + np.uint64((1 << 41) - 1) + even) >> np.uint64(42))
+    normal = np.uint64(kept - np.uint64(1008 << 10))
+    # smaller ones are multiples of 2^-24, to which the sum with a number of 2^28 is rounded
+    small = np.uint64(np.float64(size + np.float64(2.0**28)).view(np.uint64) & np.uint64(0x7FF))
+    short = small if size < np.float64(2.0**-14) else normal
+    short = np.uint64(0x7C00) if size >= np.float64(65520.0) else short
+    short = np.uint64(0x7E00) if exact != exact else short
+    sign = np.uint64((np.float64(exact).view(np.uint64) >> np.uint64(48)) & np.uint64(0x8000))
+    return np.uint16(short | sign)
+
+
+@njit(**OPTIONS)
+def nonfinite_f16(x: Any) -> Any:
+    """Whether any raw float16 is NaN or infinite."""
+    found = np.uint16(0)
+    for i in range(x.shape[0]):
+        found |= np.uint16((x[i] & np.uint16(0x7C00)) == np.uint16(0x7C00))
+    return found != 0
+
+
 @njit(**OPTIONS)
 def nonfinite_bf16(x: Any) -> Any:
     """Whether any raw bfloat16 is NaN or infinite."""

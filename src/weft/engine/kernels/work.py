@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from weft.checkpoints.bits import Array, Bits, join
-from weft.checkpoints.dtypes import BF16, F32, F64
+from weft.checkpoints.dtypes import F32, F64
 from weft.engine.kernels.emit import BLOCK, EMITTERS
-from weft.engine.kernels.generate import Source
+from weft.engine.kernels.generate import RAW, Source
 from weft.engine.kernels.objects import Kernel, kernel
 from weft.late import torch
 from weft.methods.step import At, Bound, row_length
@@ -106,9 +106,9 @@ class Range:
 
     def source(self, upto: int) -> Source:
         """A kernel that loads the stack and does the steps from `done` to `upto`."""
-        raw = [x.dtype == BF16 for x in self.stack]
+        raw = [RAW.get(x.dtype, "") for x in self.stack]
         base = None if self.lifted else self.base
-        source = Source(raw, None if base is None else base.dtype == BF16)
+        source = Source(raw, None if base is None else RAW.get(base.dtype, ""))
         for j, bound in enumerate(self.node.pipeline(self.name).steps[self.done : upto], self.done):
             EMITTERS[bound.step.name](source.body, bound.params, self.node.found(self.name, j), self.at)
         return source
@@ -131,8 +131,10 @@ def fusable(steps: Sequence[Bound]) -> int:
 
 
 def array_of(x: Bits) -> Array:
-    """A kernel's view of values: raw uint16 for bf16, else float32 or float64."""
-    return x.array if x.dtype in (BF16, F32, F64) else x.tensor().float().numpy()
+    """A kernel's view of values: uint16 of those that it takes raw, else float32 or float64."""
+    if x.dtype in RAW:
+        return x.array.view(np.uint16)
+    return x.array if x.dtype in (F32, F64) else x.tensor().float().numpy()
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def kernel(x, found):
 def nonfinite(x: Bits) -> bool:
     """Whether there is a NaN or an infinity."""
     found = np.zeros(1, np.uint8)
-    kernel(_FOUND.format(kind="bf16" if x.dtype == BF16 else "float"))(array_of(x), found)
+    kernel(_FOUND.format(kind=RAW.get(x.dtype, "float")))(array_of(x), found)
     return bool(found[0])
 
 
