@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from weft.checkpoints.dtypes import round_to
 from weft.checkpoints.execution import TILE, Execution, executing
 from weft.checkpoints.memory import StateDict
 from weft.engine.kernels import Kernels
@@ -156,6 +157,20 @@ def test_every_float16() -> None:
         assert (rounded == exact.astype(np.float16).view(np.uint16)).all()
     Kernel(HALF)(bits[:0], floats[:0], np.array([np.nan]), rounded[:1])
     assert np.isnan(rounded[:1].view(np.float16))[0]
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float32], ids=str
+)
+def test_rounding_by_kernels_is_that_of_torch(dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 50_000, generator=g, dtype=torch.float64)
+    x *= 10.0 ** torch.empty_like(x).uniform_(-50, 6, generator=g)
+    x[0, :4] = torch.tensor([0.0, -0.0, float("inf"), 1e300], dtype=torch.float64)
+    plain = round_to(x, dtype)
+    with executing(Execution(kernels=Kernels())):
+        fused = round_to(x.T, dtype).T
+    assert fused.dtype == dtype and torch.equal(fused.double().nan_to_num(7), plain.double().nan_to_num(7))
 
 
 def test_many_ranges_equal_one() -> None:

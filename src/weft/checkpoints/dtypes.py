@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from weft.checkpoints.execution import execution
 from weft.errors import UsageError, did_you_mean
 from weft.late import Tensor, torch
 
@@ -129,10 +130,16 @@ def round_to(x: Tensor, dtype: _torch.dtype) -> Tensor:
     """Round once, to nearest even, from the working dtype to the storage dtype.
 
     float64 → 16 or 8 bits must not pass through a nearest-rounded float32 (two roundings differ from one
-    when the first lands on a tie), so the step through float32 rounds to odd, which keeps the tie broken.
+    when the first lands on a tie), so the step through float32 rounds to odd, which keeps the tie broken. That
+    takes torch ten passes; kernels, where there are any, do it in one.
     """
     if x.dtype != torch.float64 or dtype in (torch.float64, torch.float32):
         return x.to(dtype)
+    kernels = execution().kernels
+    if kernels is not None and x.device.type == "cpu" and not x.requires_grad:
+        made: Tensor | None = kernels.rounded(x, dtype)
+        if made is not None:
+            return made
     near = x.to(torch.float32)
     error = x - near
     bits = near.view(torch.int32)

@@ -12,7 +12,9 @@ from weft.checkpoints.dtypes import F32, F64, DType, round_to
 from weft.checkpoints.execution import TILE, execution
 from weft.engine.kernels.emit import SUMS, Body
 from weft.engine.kernels.generate import RAW, Source
+from weft.engine.kernels.objects import kernel
 from weft.engine.kernels.work import Range, array_of, fusable, nonfinite
+from weft.late import Tensor, torch
 from weft.methods.counting import Counted, reach
 from weft.methods.stats import Gram, Select, Sums, pairs
 from weft.methods.step import Bound
@@ -26,6 +28,18 @@ FEW_DIGITS = 5
 """Up to so many upper halves are counted by comparing; more by a table."""
 _STORED = (*RAW, F32, F64)
 """Dtypes a kernel writes itself."""
+
+
+_ROUND = """\
+from weft.engine.kernels.primitives import to_{kind}
+
+
+def kernel(x, out):
+    for s in range(0, x.shape[0], 1024):  # of slices the compiler sees that no index is negative
+        part, to = x[s : s + 1024], out[s : s + 1024]
+        for i in range(part.shape[0]):
+            to[i] = to_{kind}(part[i])
+"""
 
 
 class Kernels:
@@ -51,6 +65,15 @@ class Kernels:
         if unread and shows and nonfinite(out):
             work.refuse_nonfinite()
         return out if dtype is None or dtype == out.dtype else Bits.of(round_to(out.tensor(), dtype.torch))
+
+    def rounded(self, values: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """float64 rounded once to a dtype that kernels write as bits; None for others."""
+        kind = DType.of(dtype)
+        if kind not in RAW:
+            return None
+        out = Bits.empty(values.numel(), kind)
+        kernel(_ROUND.format(kind=RAW[kind]))(Bits.of(values).array, array_of(out))
+        return out.tensor().reshape(values.shape)
 
     def hint(self, node: Merge, names: Sequence[str], j: int) -> Array | None:
         """Where step j's order statistics nearly surely are, from a few tiles: upper halves `[k, q, 2]`."""
