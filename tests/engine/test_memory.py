@@ -139,3 +139,37 @@ def test_ranges_are_as_short_as_tiles_and_rows_allow(grain: int) -> None:
     assert [b for _, b in cut[:-1]] == [a for a, _ in cut[1:]]
     assert all(a % TILE == 0 and a % grain == 0 for a, _ in cut)
     assert all(not any(x % grain == 0 for x in range(a + TILE, b, TILE)) for a, b in cut)
+
+
+AFTER = """
+import os, sys
+import torch
+import weft
+
+def anonymous():
+    for line in open("/proc/self/status"):
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+
+if not os.path.exists("/proc/self/status"):
+    sys.exit(3)
+models = [f"{sys.argv[1]}/m{i}" for i in range(3)]
+made = weft.merge(models[1:], "consensus", base=models[0])
+weft.save(weft.merge([{"layers.0.w": torch.ones(4, 4)}] * 2, "consensus", base={"layers.0.w": torch.ones(4, 4)}),
+          sys.argv[2] + "-warm.safetensors")
+before = anonymous()
+for i in range(4):
+    weft.save(made, f"{sys.argv[2]}-{i}", memory="2GiB", threads=2, kernels=False)
+    print(anonymous() - before)
+"""
+
+
+def test_a_save_gives_back_what_it_took(large: Path, tmp_path: Path) -> None:
+    """Under a budget in which freed memory is kept for the ranges that follow."""
+    done = python(AFTER, str(large), str(tmp_path / "out"))
+    if done.returncode == 3:
+        pytest.skip("no /proc here")
+    assert done.returncode == 0, done.stderr
+    first, *_, last = map(int, done.stdout.split())
+    # what torch keeps for itself from its first large work on; each save left more behind, once
+    assert first < 96 * MIB and last - first < 8 * MIB, (first / MIB, last / MIB)

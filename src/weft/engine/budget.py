@@ -65,6 +65,16 @@ def keep_freed() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
+def give_back(moved: int) -> None:
+    """Has the C library give back what a save of `moved` bytes freed, and keep no more than it would by itself."""
+    libc = _glibc()
+    if libc is not None:
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 64 << 20)
+        if moved > 64 << 20:  # what less leaves behind is not worth going through the heap
+            libc.malloc_trim(0)
+
+
 def _glibc() -> Any:
     with contextlib.suppress(OSError, AttributeError, TypeError):  # Windows takes no None
         libc = ctypes.CDLL(None)

@@ -14,7 +14,7 @@ from typing import Any
 from weft.checkpoints.base import Checkpoint
 from weft.checkpoints.dtypes import DType, floating
 from weft.checkpoints.execution import Execution, executing, execution, map_here
-from weft.engine.budget import TIGHT, Budget, Frugal, default_memory, keep_freed, parse_size
+from weft.engine.budget import TIGHT, Budget, Frugal, default_memory, give_back, keep_freed, parse_size
 from weft.engine.card import README, model_card
 from weft.engine.digest import RunningDigest
 from weft.engine.plan import Plan, make_plan
@@ -203,17 +203,20 @@ def working(plan: Plan, how: Settings) -> Iterator[WorkPool]:
         from weft.engine.kernels import Kernels
 
         kernels = Kernels()
-    # weft's own threads share the ranges; nested ones of torch's would only contend
-    with one_thread(), WorkPool(plan.threads) as pool:
-        here = Execution(
-            chunk=plan.chunk,
-            where=plan.device,
-            map=_frugal(plan, pool.map),
-            kernels=kernels,
-            surveyed=lambda n: how.on_event({"event": "read", "bytes": n}),
-        )
-        with executing(here):
-            yield pool
+    try:
+        # weft's own threads share the ranges; nested ones of torch's would only contend
+        with one_thread(), WorkPool(plan.threads) as pool:
+            here = Execution(
+                chunk=plan.chunk,
+                where=plan.device,
+                map=_frugal(plan, pool.map),
+                kernels=kernels,
+                surveyed=lambda n: how.on_event({"event": "read", "bytes": n}),
+            )
+            with executing(here):
+                yield pool
+    finally:
+        give_back(plan.bytes_read)
 
 
 def _cores() -> int:
