@@ -172,3 +172,8 @@ def test_a_users_own_step():
             step()(test_only_sign.fn)
     finally:
         del STEPS["test_only_sign"]
+
+
+def test_a_registry_is_asked_as_any_mapping() -> None:
+    assert METHODS.get("ties") is METHODS["ties"]
+    assert METHODS.get("no such method") is None and METHODS.get("no such method", 3) == 3

@@ -115,7 +115,7 @@ class Step:
     def refuse(self, params: Mapping[str, Any], k: int) -> None:
         """UsageError where parameters that are right one by one are wrong together, or for k models."""
         for name, p in self.params.items():
-            if p.per_model and not isinstance(params[name], int | float):
+            if p.per_model and isinstance(params[name], list | tuple):
                 per_model(params[name], k, name)
         if self.refuses is not None:
             self.refuses(params, k)

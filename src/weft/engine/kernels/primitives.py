@@ -102,20 +102,11 @@ def to_f16(exact: Any) -> Any:
 
 
 @njit(**OPTIONS)
-def nonfinite_f16(x: Any) -> Any:
-    """Whether any raw float16 is NaN or infinite."""
+def nonfinite_bits(x: Any, exponent: Any) -> Any:
+    """Whether any raw 16-bit float is NaN or infinite: has all bits of the exponent."""
     found = np.uint16(0)
     for i in range(x.shape[0]):
-        found |= np.uint16((x[i] & np.uint16(0x7C00)) == np.uint16(0x7C00))
-    return found != 0
-
-
-@njit(**OPTIONS)
-def nonfinite_bf16(x: Any) -> Any:
-    """Whether any raw bfloat16 is NaN or infinite."""
-    found = np.uint16(0)
-    for i in range(x.shape[0]):
-        found |= np.uint16((x[i] & np.uint16(0x7F80)) == np.uint16(0x7F80))
+        found |= np.uint16((x[i] & exponent) == exponent)
     return found != 0
 
 

@@ -174,18 +174,21 @@ class Program:
 
 
 _FOUND = """\
-from weft.engine.kernels.primitives import nonfinite_{kind}
+import numpy as np
+from weft.engine.kernels.primitives import nonfinite_bits, nonfinite_float
 
 
 def kernel(x, found):
-    found[0] = nonfinite_{kind}(x)
+    found[0] = {call}
 """
+_EXPONENT = {"bf16": 0x7F80, "f16": 0x7C00}
 
 
 def nonfinite(x: Bits) -> bool:
     """Whether there is a NaN or an infinity."""
-    found = np.zeros(1, np.uint8)
-    kernel(_FOUND.format(kind=RAW.get(x.dtype, "float")))(array_of(x), found)
+    raw, found = RAW.get(x.dtype), np.zeros(1, np.uint8)
+    call = f"nonfinite_bits(x, np.uint16({_EXPONENT[raw]}))" if raw else "nonfinite_float(x)"
+    kernel(_FOUND.format(call=call))(array_of(x), found)
     return bool(found[0])
 
 
